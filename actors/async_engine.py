@@ -1,0 +1,136 @@
+"""The asyncio facade: same names, same items, no ZeroMQ in the host's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from ..bus import Progress
+from ..errors import EngineClosed
+from ..topology import Topology
+from .config import config_from_mapping
+from .engine import as_prompts, as_turns
+from .messages.tree import ChildRecord, CloseReport
+from .outputs import RequestOutput, Statistics
+from .plan import plan_engine
+from .request import RequestState
+from .runtime import Prompt, Runtime, close_when_forgotten
+from .sampling import SamplingParams
+
+__all__ = ["AsyncEngine"]
+
+
+class AsyncEngine:
+    """``Engine`` for asyncio: ``async with AsyncEngine("demo") as engine: async for delta in engine.stream(…): …``.
+
+    Starting and closing run on a worker thread, so the event loop goes on. Errors are those of ``Engine``.
+    """
+
+    def __init__(
+        self,
+        model: str = "demo",
+        topology: Topology | None = None,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Checks the settings (``ConfigError``); ``async with`` starts the processes."""
+        self._plan = plan_engine(config_from_mapping({"model": model, **settings}), topology)
+        self._on_progress = on_progress
+        self._started: Runtime | None = None
+
+    @property
+    def _runtime(self) -> Runtime:
+        if self._started is None:
+            raise EngineClosed("this engine was not started; use it in 'async with'")
+        return self._started
+
+    async def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """As ``Engine.generate``; cancelling the task aborts the requests."""
+        return await self._finish([(prompt, params or SamplingParams()) for prompt in as_prompts(prompts)])
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """As ``Engine.chat``."""
+        return await self._finish([(as_turns(messages), params or SamplingParams())])
+
+    async def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """As ``Engine.stream``; leaving the loop, ``aclose()`` or cancelling aborts."""
+        changed = asyncio.Event()
+        state, ids = self._runtime.submit(prompt, params or SamplingParams(), _setter(changed))
+        try:
+            while True:
+                await changed.wait()
+                changed.clear()
+                delta = state.drain()
+                if delta is not None:
+                    yield delta
+                    if delta.finished:
+                        return
+        finally:
+            if not state.is_over:
+                self._runtime.abort(ids)
+
+    async def _finish(self, work: Sequence[tuple[Prompt, SamplingParams]]) -> list[RequestOutput]:
+        changed = asyncio.Event()
+        pending: list[tuple[RequestState, tuple[str, ...]]] = []
+        try:
+            for prompt, params in work:
+                pending.append(self._runtime.submit(prompt, params, _setter(changed)))
+            while not all(state.is_over for state, _ in pending):
+                await changed.wait()
+                changed.clear()
+            return [state.whole() for state, _ in pending]
+        except BaseException:
+            for state, ids in pending:
+                if not state.is_over:
+                    self._runtime.abort(ids)
+            raise
+
+    def statistics(self) -> Statistics:
+        """The latest snapshot, refreshed whenever a request ends; never a round trip."""
+        return self._runtime.latest_statistics()
+
+    def tree(self) -> list[ChildRecord]:
+        """As ``Engine.tree``."""
+        return list(self._runtime.tree())
+
+    async def close(self) -> CloseReport:
+        """As ``Engine.close``."""
+        return await asyncio.to_thread(self._runtime.close)
+
+    async def __aenter__(self) -> Self:
+        start = asyncio.ensure_future(asyncio.to_thread(Runtime.start, self._plan, self._on_progress))
+        try:
+            self._started = await asyncio.shield(start)
+        except asyncio.CancelledError:  # the thread cannot be cancelled: let it finish, then take down what it built
+            runtime = await start
+            await asyncio.to_thread(runtime.close)
+            raise
+        close_when_forgotten(self, self._started)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _setter(changed: asyncio.Event) -> Callable[[], None]:
+    """The bus thread wakes the loop; a loop that has ended needs no waking."""
+    loop = asyncio.get_running_loop()
+
+    def on_change() -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(changed.set)
+
+    return on_change

@@ -1,0 +1,85 @@
+"""What the host application asks of a supervisor: the children to keep alive, in one file they all read.
+
+Owns: nothing. Imports no bus, so that the supervisor can read it before anything else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgspec
+
+from ..errors import ConfigError
+
+__all__ = ["HOST", "SUPERVISOR", "Boot", "ChildSpec"]
+
+HOST = "host"
+SUPERVISOR = "supervisor"
+
+
+@attrs.frozen(kw_only=True)
+class ChildSpec:
+    """One child the supervisor keeps alive.
+
+    In group ``""`` each child stands alone (one_for_one). Any other group is one unit in the order of its members: a
+    member's death also restarts those after it (rest_for_one), and it is given up as a whole.
+    """
+
+    name: str  # of its node on the bus
+    kind: str  # key of kinds.ENTRIES
+    group: str = ""
+    connect: tuple[str, ...] = ()  # the nodes whose inboxes it connects to, besides the supervisor's
+    preload: str = "light"  # key of kinds.PRELOADS: the warden that forks it
+    config: dict[str, Any] = attrs.field(factory=dict)  # handed to the actor; what JSON can carry
+    start_timeout_s: float = 300.0  # from the request to start it until its ``Ready``
+
+
+@attrs.frozen(kw_only=True)
+class Boot:
+    """Everything the supervisor is told: written by the host application as JSON, read by all processes below it."""
+
+    run_dir: str
+    host_pid: int
+    children: tuple[ChildSpec, ...]
+    max_restarts: int = 5  # of one child within window_s; one more and its group is given up
+    window_s: float = 30.0
+    close_timeout_s: float = 10.0  # for a stop nobody gave a budget: after a failed start, or on SIGTERM
+    record: str | None = None
+    seed: int = 0
+    log_level: str = "warning"
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` if the children do not form a tree the supervisor can start."""
+        names = [spec.name for spec in self.children]
+        if not names:
+            raise ConfigError("a boot file names at least one child")
+        for name in names:
+            if names.count(name) > 1 or name in (HOST, SUPERVISOR):
+                raise ConfigError(f"the name {name!r} is taken; children need names of their own")
+        for spec in self.children:
+            for other in spec.connect:
+                if other != HOST and other not in names:
+                    raise ConfigError(f"{spec.name} connects to {other!r}, which is no child and not the host")
+
+    def write(self) -> Path:
+        """Write the boot file into the run directory; its path."""
+        self.check()
+        path = Path(self.run_dir) / "boot.json"
+        path.write_bytes(msgspec.json.encode(self))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Boot:
+        """Read a boot file. Raises ``ConfigError`` if it is none."""
+        try:
+            boot = msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError) as error:
+            raise ConfigError(f"{path} is no boot file: {error}") from error
+        boot.check()
+        return boot
+
+    def spec(self, name: str) -> ChildSpec | None:
+        """The child of that name."""
+        return next((spec for spec in self.children if spec.name == name), None)

@@ -1,0 +1,231 @@
+"""Chip worker: one process that owns one chip. The bus thread always answers; a second thread computes.
+
+Owns: the chip, its programs and resident tensors, through the compute thread alone. Commands run in order of arrival.
+
+    replica core ──asks──▶ bus thread ──jobs──▶ compute thread ──▶ chip
+                 ◀─replies─            ◀─results─
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import attrs
+import msgspec
+
+from ..bus import Actor, Call, Progress, Ready, handles
+from ..errors import ChipbusError, KernelError
+from ..kernels.chips import Chip, open_chip
+from .messages.launching import AllocTensor, Completion, Dispatch, Done, FreeTensor, RegisterProgram
+from .messages.tree import StartError
+
+__all__ = ["ChipActor", "Compute", "InlineCompute", "ThreadCompute"]
+
+Job = Callable[[], Any]
+OnDone = Callable[[Any, ChipbusError | None], None]
+
+
+class Compute(Protocol):
+    """Runs jobs one after another, off or on the bus thread; ``on_done`` is called on the bus thread."""
+
+    def submit(self, job: Job, on_done: OnDone) -> None: ...
+
+    def close(self, on_closed: Callable[[], None]) -> None: ...
+
+
+def _attempt(job: Job) -> tuple[Any, ChipbusError | None]:
+    try:
+        return job(), None
+    except ChipbusError as error:
+        return None, error
+    except Exception as error:  # noqa: BLE001 (a kernel may raise anything; the asker must hear of it, not the process die)
+        return None, KernelError(f"{type(error).__name__} on the chip: {error}")
+
+
+class ThreadCompute:
+    """The compute thread of a real chip worker."""
+
+    def __init__(self, call_soon_threadsafe: Callable[[Callable[[], None]], None]) -> None:
+        self._post = call_soon_threadsafe
+        self._jobs: queue.SimpleQueue[tuple[Job, OnDone] | Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job, on_done: OnDone) -> None:
+        """Queue ``job``. The queue is bounded by the asker's mailbox credit: each job is an open ask."""
+        self._jobs.put((job, on_done))
+
+    def close(self, on_closed: Callable[[], None]) -> None:
+        """Let queued jobs end, then call ``on_closed`` on the bus thread."""
+        self._jobs.put(on_closed)
+
+    def _run(self) -> None:
+        while True:
+            item = self._jobs.get()
+            if not isinstance(item, tuple):
+                self._post(item)
+                return
+            job, on_done = item
+            value, error = _attempt(job)
+            self._post(lambda on_done=on_done, value=value, error=error: on_done(value, error))  # type: ignore[misc]
+
+
+class InlineCompute:
+    """Compute for the one-process system: a job starts when the one before has ended, and takes its modelled time."""
+
+    def __init__(self, after: Callable[[float, Callable[[], None]], object]) -> None:
+        self._after = after
+        self._waiting: deque[tuple[Job, OnDone]] = deque()
+        self._is_busy = False
+
+    def submit(self, job: Job, on_done: OnDone) -> None:
+        """Run ``job`` as soon as the chip is free, report it when the chip would have been done."""
+        self._waiting.append((job, on_done))
+        if not self._is_busy:
+            self._start_next()
+
+    def close(self, on_closed: Callable[[], None]) -> None:
+        """Let waiting jobs end, then call ``on_closed``."""
+        self.submit(lambda: None, lambda _value, _error: on_closed())
+
+    def _start_next(self) -> None:
+        job, on_done = self._waiting.popleft()
+        self._is_busy = True
+        value, error = _attempt(job)
+        cost_s = value.device_ns / 1e9 if isinstance(value, Completion) else 0.0
+
+        def end() -> None:
+            self._is_busy = False
+            on_done(value, error)
+            if self._waiting and not self._is_busy:
+                self._start_next()
+
+        self._after(cost_s, end)
+
+
+@attrs.frozen(kw_only=True)
+class ChipConfig:
+    """What a chip worker is told at spawn."""
+
+    device: str  # "cpu:0", "null:1"
+    threads: int
+    inline: bool = False  # run jobs on the bus thread, in modelled time (one-process system)
+
+
+class ChipActor(Actor):
+    """Executes commands on its chip, in order, and records each when the run is recorded."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = msgspec.convert(config, ChipConfig)
+        self._chip: Chip | None = None  # the compute thread's, once it has opened it
+        self._compute: Compute | None = None
+        self._jobs_done = 0
+
+    def on_start(self) -> None:
+        """Open the chip on the thread that will use it, then report ready."""
+        began = time.perf_counter()
+        self._compute = (
+            InlineCompute(self.ctx.after) if self.config.inline else ThreadCompute(self.ctx.call_soon_threadsafe)
+        )
+        if self.ctx.ledger is not None:
+            self.ctx.ledger.append("chip", {"device": self.config.device, "threads": self.config.threads})
+
+        def open_it() -> None:
+            self._chip = self.open_chip()  # here, not when the bus thread hears of it: the next job may run before that
+
+        def opened(_: Any, error: ChipbusError | None) -> None:
+            if error is not None:
+                self.ctx.tell("supervisor", StartError(type(error).__name__, str(error)))
+                return
+            self.ctx.tell("supervisor", Ready(seconds=time.perf_counter() - began, detail=self.config.device))
+
+        self._compute.submit(open_it, opened)
+
+    def open_chip(self) -> Chip:
+        """The chip this worker owns; called on the compute thread."""
+        return open_chip(self.config.device, self.config.threads)
+
+    def on_stop(self) -> None:
+        """Let the running job end, then give the chip back. A job that never ends is the supervisor's to kill."""
+        self.ctx.hold_stop()
+
+        def close_it() -> None:
+            if self._chip is not None:
+                self._chip.close()
+
+        assert self._compute is not None
+        self._compute.submit(close_it, lambda _value, _error: None)
+        self._compute.close(self.ctx.stop)
+
+    def progress(self) -> int:
+        """Jobs ended so far: what a health answer carries, so a stuck kernel can be told from an idle chip."""
+        return self._jobs_done
+
+    @handles(RegisterProgram)
+    def _register(self, message: RegisterProgram, call: Call) -> None:
+        program = message.program
+        self._run(call, lambda chip: chip.register(program), "register", {"program": msgspec.msgpack.encode(program)})
+
+    @handles(AllocTensor)
+    def _alloc(self, message: AllocTensor, call: Call) -> None:
+        def report(done: float, total: float) -> None:
+            item = Progress(phase="weights", done=done, total=total, unit="bytes")
+            self.ctx.call_soon_threadsafe(lambda: call.item(item))
+
+        tensor = message.tensor
+        self._run(call, lambda chip: chip.alloc(tensor, report), "alloc", {"tensor": msgspec.msgpack.encode(tensor)})
+
+    @handles(FreeTensor)
+    def _free(self, message: FreeTensor, call: Call) -> None:
+        resident = message.resident
+        self._run(call, lambda chip: chip.free(resident), "free", {"resident": resident})
+
+    def _run(self, call: Call, verb: Callable[[Chip], None], kind: str, fields: dict[str, Any]) -> None:
+        """Run a verb that answers ``Done``."""
+
+        def job() -> Done:
+            began = time.perf_counter()
+            assert self._chip is not None
+            verb(self._chip)
+            return Done(seconds=time.perf_counter() - began, resident_bytes=self._chip.resident_bytes)
+
+        self._submit(call, job, kind, lambda _: fields)
+
+    @handles(Dispatch)
+    def _dispatch(self, message: Dispatch, call: Call) -> None:
+        digest = self.ctx.ledger is not None
+
+        def job() -> Completion:
+            assert self._chip is not None
+            return self._chip.launch(message, digest=digest)
+
+        def fields(completion: Any) -> dict[str, Any]:
+            return {
+                "dispatch": msgspec.msgpack.encode(message),
+                "completion": msgspec.msgpack.encode(completion),
+                "step_id": message.step_id,
+                "trace_id": call.trace_id.hex(),
+            }
+
+        self._submit(call, job, "dispatch", fields)
+
+    def _submit(self, call: Call, job: Job, kind: str, fields: Callable[[Any], dict[str, Any]]) -> None:
+        def on_done(value: Any, error: ChipbusError | None) -> None:
+            self._jobs_done += 1
+            if error is not None:
+                if self.ctx.ledger is not None:
+                    about = {"command": kind, "error": str(error), "trace_id": call.trace_id.hex()}
+                    self.ctx.ledger.append("failed", about)
+                call.fail(error)
+                return
+            if self.ctx.ledger is not None:
+                self.ctx.ledger.append(kind, fields(value))
+            call.reply(value)
+
+        assert self._compute is not None
+        self._compute.submit(job, on_done)

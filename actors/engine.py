@@ -1,0 +1,158 @@
+"""The synchronous facade: what a host application uses in five lines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from ..bus import Progress
+from ..errors import RequestInvalid
+from ..topology import Topology
+from .config import config_from_mapping
+from .messages.serving import ChatTurn
+from .messages.tree import ChildRecord, CloseReport
+from .outputs import RequestOutput, Statistics
+from .plan import plan_engine
+from .request import RequestState
+from .runtime import Prompt, Runtime, close_when_forgotten
+from .sampling import SamplingParams
+
+__all__ = ["Engine", "as_prompts", "as_turns"]
+
+
+def as_prompts(prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[Prompt]:
+    """One prompt or many → many: text and a flat sequence of ids are one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
+        raise RequestInvalid(f"prompts are text, token ids, or a list of either, not {type(prompts).__name__}")
+    if not prompts:
+        raise RequestInvalid("prompts is empty; give at least one prompt")
+    if all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def as_turns(messages: Sequence[Mapping[str, str]]) -> tuple[ChatTurn, ...]:
+    """``[{"role": …, "content": …}, …]`` → turns; raises ``RequestInvalid`` naming the wrong entry."""
+    turns = []
+    for position, entry in enumerate(messages):
+        if set(entry) != {"role", "content"} or not all(isinstance(v, str) for v in entry.values()):
+            raise RequestInvalid(f"message {position} is {dict(entry)!r}; it must have the texts 'role' and 'content'")
+        turns.append(ChatTurn(**entry))
+    if not turns:
+        raise RequestInvalid("messages is empty; give at least one message")
+    return tuple(turns)
+
+
+class Engine:
+    """Serves one model from supervised processes of its own; ready when the constructor returns.
+
+        with Engine("demo") as engine:
+            print(engine.generate("replica")[0].outputs[0].text)
+
+    Any thread may call it; it installs no signal handlers and starts one child process. Raises ``ConfigError`` and its
+    subclasses before anything is started, ``StartFailed`` or a child's own error if starting fails; then nothing is
+    left.
+    """
+
+    def __init__(
+        self,
+        model: str = "demo",
+        topology: Topology | None = None,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        """``settings`` are the fields of ``EngineConfig``. ``on_progress`` is called on the engine's own thread."""
+        config = config_from_mapping({"model": model, **settings})
+        self._runtime = Runtime.start(plan_engine(config, topology), on_progress)
+        self._finalizer = close_when_forgotten(self, self._runtime)
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many (text or token ids); outputs in the order of the prompts.
+
+        Raises the first failing prompt's ``RequestError`` or ``WorkerError``; the other prompts are aborted then.
+        """
+        return self._finish([(prompt, params or SamplingParams()) for prompt in as_prompts(prompts)])
+
+    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> list[RequestOutput]:
+        """Complete a conversation, ``[{"role": …, "content": …}, …]``, through the model's chat template."""
+        return self._finish([(as_turns(messages), params or SamplingParams())])
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Deltas of one prompt as they come. A slow reader gets fewer, larger deltas. Leaving the loop aborts."""
+        changed = threading.Condition()
+        state, ids = self._runtime.submit(prompt, params or SamplingParams(), _notify(changed))
+        return self._deltas(state, ids, changed)
+
+    def _deltas(
+        self, state: RequestState, ids: tuple[str, ...], changed: threading.Condition
+    ) -> Iterator[RequestOutput]:
+        try:
+            while True:
+                with changed:
+                    delta = state.drain()
+                    while delta is None:
+                        changed.wait()
+                        delta = state.drain()
+                yield delta
+                if delta.finished:
+                    return
+        finally:
+            if not state.is_over:
+                self._runtime.abort(ids)
+
+    def _finish(self, work: Sequence[tuple[Prompt, SamplingParams]]) -> list[RequestOutput]:
+        changed = threading.Condition()
+        pending: list[tuple[RequestState, tuple[str, ...]]] = []
+        try:
+            for prompt, params in work:
+                pending.append(self._runtime.submit(prompt, params, _notify(changed)))
+            outputs = []
+            for state, _ in pending:
+                with changed:
+                    changed.wait_for(lambda s=state: s.is_over)  # type: ignore[misc]
+                outputs.append(state.whole())
+            return outputs
+        except BaseException:
+            for state, ids in pending:
+                if not state.is_over:
+                    self._runtime.abort(ids)
+            raise
+
+    def statistics(self) -> Statistics:
+        """Pages, requests and times now, asked from the replicas; raises ``EngineClosed`` or ``EngineDead``."""
+        return self._runtime.fetch_statistics()
+
+    def tree(self) -> list[ChildRecord]:
+        """Every process of this engine: name, kind, pid, parent, state, incarnation, restarts."""
+        return list(self._runtime.tree())
+
+    def close(self) -> CloseReport:
+        """Stop every process under one deadline (``close_timeout_s``); a second call returns the same report."""
+        report = self._runtime.close()
+        self._finalizer.detach()
+        return report
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _notify(changed: threading.Condition) -> Callable[[], None]:
+    def on_change() -> None:
+        with changed:
+            changed.notify_all()
+
+    return on_change

@@ -1,0 +1,58 @@
+"""The first file of a record: what ran, with which settings, on which checkpoint. Format 1; read by ``bus-replay``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+
+import attrs
+import msgspec
+
+from ..errors import ConfigError
+from .plan import EnginePlan
+
+__all__ = ["RECORD_FORMAT", "RunManifest", "write_manifest"]
+
+RECORD_FORMAT = 1
+
+
+@attrs.frozen(kw_only=True)
+class RunManifest:
+    """``run.json`` of a record."""
+
+    format: int
+    chipbus_version: str
+    created_unix_s: float
+    machine: str
+    model_dir: str
+    fingerprint: str  # of the checkpoint, as kernels.qwen3.model computes it
+    config: dict[str, str | int | float | None]
+
+
+def write_manifest(directory: Path, plan: EnginePlan) -> None:
+    """Make ``directory`` a fresh record. Raises ``ConfigError`` if it holds one already: records are append-only."""
+    from importlib.metadata import version
+
+    manifest = RunManifest(
+        format=RECORD_FORMAT,
+        chipbus_version=version("chipbus"),
+        created_unix_s=time.time(),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        model_dir=str(plan.model_dir),
+        fingerprint=plan.spec.fingerprint,
+        config={
+            field.name: value if isinstance(value, (str, int, float, type(None))) else str(value)
+            for field in attrs.fields(type(plan.config))
+            for value in [getattr(plan.config, field.name)]
+        },
+    )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "run.json").open("xb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+    except FileExistsError as error:
+        raise ConfigError(f"record directory {directory} already holds a run or is a file; name a new one") from error
+    except OSError as error:
+        raise ConfigError(f"record directory {directory} cannot be written: {error.strerror}") from error

@@ -1,0 +1,131 @@
+"""The conversation a request is served in: engine → tokenizer → router → replica core, answered as a stream.
+
+``Generate`` and ``Submit`` are asks. Their items are deltas, their reply ends the request, cancelling them aborts it.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from ...bus import Lane, TokenIds, message
+from ..sampling import SamplingParams
+
+__all__ = [
+    "ChatTurn",
+    "Encoded",
+    "Generate",
+    "LogprobRow",
+    "Submit",
+    "TextDelta",
+    "TextDone",
+    "TokenDelta",
+    "TokensDone",
+]
+
+
+@attrs.frozen
+class ChatTurn:
+    """One turn of a conversation to be rendered by the model's chat template."""
+
+    role: str
+    content: str
+
+
+@message(0x0201, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class Generate:
+    """Engine asks tokenizer: serve this prompt. Exactly one of ``prompt``, ``prompt_token_ids``, ``turns`` is given.
+
+    Items: first ``Encoded``, then ``TextDelta``. Reply: ``TextDone``. Errors: ``RequestInvalid``, ``ContextTooLong``,
+    ``Overloaded``, ``WorkerDied``, ``RestartLimit``.
+    """
+
+    request_id: str
+    prompt: str | None = None
+    prompt_token_ids: TokenIds | None = None
+    turns: tuple[ChatTurn, ...] = ()
+    params: SamplingParams  # seed is resolved: never None
+
+
+@message(0x0202, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class Encoded:
+    """The prompt as the model sees it. Always the first item of a ``Generate``."""
+
+    prompt: str  # decoded from the ids if the caller gave ids
+    prompt_token_ids: TokenIds
+
+
+@attrs.frozen
+class LogprobRow:
+    """Log-probabilities at one generated position, natural logarithm."""
+
+    token_id: int
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@message(0x0203, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class TextDelta:
+    """Tokenizer to engine: text and tokens since the last delta; ``token_index`` is the index of the first of them.
+
+    ``text`` never ends inside a character, nor inside a possible stop string.
+    """
+
+    token_index: int
+    text: str
+    token_ids: TokenIds
+    logprobs: tuple[LogprobRow, ...] = ()
+
+
+@message(0x0204, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class Submit:
+    """Tokenizer asks router, and router asks replica core: continue these ids.
+
+    Items: ``TokenDelta``. Reply: ``TokensDone``. Errors as for ``Generate``.
+    """
+
+    request_id: str
+    prompt_token_ids: TokenIds
+    params: SamplingParams
+    attempt: int = 1
+
+
+@message(0x0205, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class TokenDelta:
+    """Generated token ids, in order; ``token_index`` counts generated tokens from 0 and fences duplicates."""
+
+    token_index: int
+    token_ids: TokenIds
+    logprobs: tuple[LogprobRow, ...] = ()
+
+
+@message(0x0206, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class TokensDone:
+    """The last word on a ``Submit``; its pages are free when this is sent. Times in seconds, replica's clock."""
+
+    finish_reason: str  # "stop" | "length"
+    stop_token_id: int | None = None
+    replica: int = 0
+    dp_rank: int = 0
+    attempt: int = 1
+    num_cached_tokens: int = 0
+    queued_s: float = 0.0  # from arrival at the replica core to the first step that computed any of it
+    prefill_s: float = 0.0  # from then to the first token
+    decode_s: float = 0.0  # from the first token to the last
+
+
+@message(0x0207, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class TextDone:
+    """The last word on a ``Generate``: text held back until now, and how it ended."""
+
+    text: str
+    finish_reason: str  # "stop" | "length"
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it; None for the model's own end
+    tokens: TokensDone

@@ -1,0 +1,147 @@
+"""The conversation about processes: host engine ↔ supervisor ↔ children."""
+
+from __future__ import annotations
+
+import attrs
+
+from ...bus import Lane, message
+
+__all__ = [
+    "AllReplicaStatistics",
+    "ChildEnd",
+    "ChildRecord",
+    "CloseReport",
+    "GroupLost",
+    "ReplicaStatistics",
+    "ReplicaStatisticsRequest",
+    "Shutdown",
+    "StartError",
+    "StartFailure",
+    "TreeChanged",
+    "TreeReady",
+]
+
+
+@attrs.frozen(kw_only=True)
+class ChildRecord:
+    """One process of the tree, as ``Engine.tree()`` lists it."""
+
+    name: str  # "router", "chip.0.0"
+    kind: str  # supervisor | tokenizer | router | replica | chip
+    pid: int  # 0 while there is none
+    parent: str  # logical parent: "supervisor", or the replica whose group it belongs to; "" for the supervisor
+    state: str  # new | starting | ready | stopping | backoff | gone
+    incarnation: int  # n-th life, from 1
+    restarts: int
+    last_exit: str = ""  # "", "exit code 1", "signal 9 (SIGKILL)", "not ready within 30 s"
+
+
+@message(0x0401, lane=Lane.CHILD)
+@attrs.frozen
+class TreeChanged:
+    """Supervisor tells host: the whole tree as it is now."""
+
+    children: tuple[ChildRecord, ...]
+
+
+@message(0x0402, lane=Lane.CHILD)
+@attrs.frozen
+class TreeReady:
+    """Supervisor tells host, once: every child is ready, ``seconds`` after the supervisor began."""
+
+    seconds: float
+
+
+@message(0x0403, lane=Lane.CHILD)
+@attrs.frozen
+class StartFailure:
+    """Supervisor tells host: the first start did not succeed; everything is being stopped.
+
+    ``error`` is the class name in chipbus.errors that the engine raises, ``text`` its sentence.
+    """
+
+    child: str
+    error: str
+    text: str
+
+
+@message(0x0404, lane=Lane.CHILD)
+@attrs.frozen
+class GroupLost:
+    """Supervisor tells host and router: this child (and its group) died too often and stays down."""
+
+    child: str
+    text: str
+
+
+@message(0x0405, lane=Lane.STOP)
+@attrs.frozen
+class Shutdown:
+    """Host asks supervisor: stop everything within ``budget_s``. Reply: ``CloseReport``, after which it exits."""
+
+    budget_s: float
+
+
+@attrs.frozen(kw_only=True)
+class ChildEnd:
+    """How one process ended."""
+
+    name: str
+    incarnation: int
+    how: str  # "stopped" (by itself after a polite stop) | "terminated" (SIGTERM) | "killed" (SIGKILL) | "died before"
+    exit: str  # "exit code 0", "signal 9 (SIGKILL)"
+    seconds: float  # from the stop to the reap
+
+
+@message(0x0406, lane=Lane.STOP)
+@attrs.frozen(kw_only=True)
+class CloseReport:
+    """What ``Engine.close()`` returns: each child and how it ended, what was freed, what (if anything) was left."""
+
+    children: tuple[ChildEnd, ...]
+    seconds: float
+    freed: tuple[str, ...] = ()  # run directory, sockets, segments, by name
+    left: tuple[str, ...] = ()  # anything that could not be removed; empty in a clean close
+
+
+@message(0x0407, lane=Lane.HEALTH)
+@attrs.frozen
+class ReplicaStatisticsRequest:
+    """Asked by the host through the supervisor and passed on to each replica core. Reply: ``ReplicaStatistics``."""
+
+
+@message(0x0408, lane=Lane.HEALTH)
+@attrs.frozen(kw_only=True)
+class ReplicaStatistics:
+    """One replica core's state; the sum over replicas is ``Engine.statistics()``."""
+
+    replica: int
+    pages_total: int
+    pages_free: int
+    running: int
+    waiting: int
+    steps: int
+    tokens_generated: int
+    prompt_tokens: int
+    step_ns: int  # wall time of all steps
+    device_ns: int  # chip time of all dispatches
+
+
+@message(0x0409, lane=Lane.HEALTH)
+@attrs.frozen
+class AllReplicaStatistics:
+    """Supervisor's reply to the host's ``ReplicaStatisticsRequest``: those replicas that answered in time."""
+
+    replicas: tuple[ReplicaStatistics, ...]
+
+
+@message(0x040A, lane=Lane.CHILD)
+@attrs.frozen
+class StartError:
+    """Child tells supervisor, instead of ``Ready``: it cannot start. It is ended by the supervisor, or ends itself.
+
+    ``error`` is a class name in chipbus.errors, ``text`` its sentence. An actor may as well raise in ``on_start``.
+    """
+
+    error: str
+    text: str

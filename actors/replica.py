@@ -1,0 +1,319 @@
+"""Replica core: takes requests, decides steps, has its chip compute them, and sends the tokens back.
+
+Owns: the requests of one replica (through its scheduler), and what its chip holds: programs, weights, KV cache.
+Thread: the bus loop. No torch: the core only describes work.
+
+    Submit ──▶ scheduler ──Batch──▶ build_step ──Dispatch…──▶ chip worker
+    TokenDelta ◀── apply ◀── read_step ◀──Completion…──┘
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import msgspec
+
+from ..bus import Actor, Call, Progress, Ready, handles, pack_tokens, unpack_tokens
+from ..errors import ChipbusError, PeerGone, WorkerDied
+from ..kernels.qwen3.model import ModelSpec
+from ..kernels.qwen3.step import Limits, ModelPrograms, build_step, read_step
+from .messages.launching import AllocTensor, Completion, Dispatch, Done, RegisterProgram
+from .messages.serving import LogprobRow, Submit, TokenDelta, TokensDone
+from .messages.tree import ReplicaStatistics, ReplicaStatisticsRequest, StartError
+from .scheduler import Batch, Scheduler, SchedulerConfig, TokenEvent
+
+__all__ = ["ReplicaActor", "ReplicaConfig"]
+
+MAX_CHIP_DEATHS = 2
+"""A request that was on the chip at this many deaths is refused: it may be what kills the chip."""
+
+
+@attrs.frozen(kw_only=True)
+class ReplicaConfig:
+    """What a replica core is told at spawn."""
+
+    replica: int
+    dp_rank: int
+    chip: str  # name of its chip worker
+    model_dir: str
+    dtype: str
+    limits: Limits
+    prefill_chunk_tokens: int
+    max_waiting: int
+    load_timeout_s: float  # for one program or tensor to become resident
+    step_timeout_s: float  # for one dispatch
+
+
+@attrs.define(eq=False)
+class _Serving:
+    """One request's reply port and its times, nanoseconds on the bus clock."""
+
+    call: Call
+    arrived_ns: int
+    attempt: int
+    chip_deaths: int = 0
+    first_step_ns: int = 0
+    first_token_ns: int = 0
+
+
+@attrs.define(eq=False)
+class _Step:
+    """The step on the chip."""
+
+    batch: Batch
+    began_ns: int
+    completions: list[Completion | None]
+    missing: int
+
+
+class ReplicaActor(Actor):
+    """Serves ``Submit`` asks from the router with one chip worker."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = msgspec.convert(config, ReplicaConfig)
+        self._serving: dict[str, _Serving] = {}
+        self._step: _Step | None = None
+        self._is_chip_ready = False
+        self._is_refused = False
+        self._is_reported_ready = False
+        self._next_dispatch_id = 1
+        self._steps = self._tokens_generated = self._prompt_tokens = self._step_ns = self._device_ns = 0
+
+    def on_start(self) -> None:
+        """Read the model's description; the chip follows when it is up."""
+        spec = ModelSpec.from_directory(self.config.model_dir, self.config.dtype)
+        self._programs = ModelPrograms.build(spec, self.config.limits)
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                limits=self.config.limits,
+                prefill_chunk_tokens=self.config.prefill_chunk_tokens,
+                max_waiting=self.config.max_waiting,
+                vocab_size=spec.vocab_size,
+                eos_token_ids=spec.eos_token_ids,
+            )
+        )
+
+    # The chip: made ready whenever it comes up, given up when it goes.
+
+    def on_peer_up(self, name: str) -> None:
+        """A (new) chip worker knows nothing yet."""
+        if name == self.config.chip:
+            self._make_resident()
+
+    def on_peer_down(self, name: str, reason: str) -> None:
+        """The chip died, and the KV cache with it: compute prompts and tokens so far again on the next one."""
+        if name != self.config.chip:
+            return
+        self._is_chip_ready = False
+        step, self._step = self._step, None
+        if step is not None:
+            for row in step.batch.record.rows:
+                serving = self._serving.get(row.request_id)
+                if serving is not None:
+                    serving.chip_deaths += 1
+                    if serving.chip_deaths >= MAX_CHIP_DEATHS:
+                        self._fail(
+                            row.request_id, WorkerDied(f"{name} died {MAX_CHIP_DEATHS} times under it: {reason}")
+                        )
+            self._scheduler.drop(step.batch)
+        self._scheduler.lose_pages()
+
+    def _make_resident(self) -> None:
+        """Register every program, then allocate every tensor. The chip runs them in order: the last answer is all."""
+        began_ns = self.ctx.clock.now_ns()
+        programs, tensors = self._programs.programs, self._programs.tensors
+        commands = [*map(RegisterProgram, programs), *map(AllocTensor, tensors)]
+        missing = len(commands)
+
+        def on_reply(reply: object) -> None:
+            nonlocal missing
+            missing -= 1
+            if not missing:
+                assert isinstance(reply, Done)
+                self._chip_is_ready((self.ctx.clock.now_ns() - began_ns) / 1e9, reply.resident_bytes)
+
+        for command in commands:
+            self.ctx.ask(
+                self.config.chip,
+                command,
+                timeout_s=self.config.load_timeout_s,
+                on_reply=on_reply,
+                on_error=self._chip_refused,
+                on_item=self._relay_progress,
+            )
+
+    def _relay_progress(self, item: object) -> None:
+        if isinstance(item, Progress) and not self._is_reported_ready:
+            self.ctx.tell("supervisor", item)
+
+    def _chip_refused(self, error: ChipbusError) -> None:
+        if isinstance(error, PeerGone) or self._is_refused:
+            return  # on_peer_down says it too; or the first refusal has been told already
+        self._is_refused = True
+        self.ctx.log.error("chip.refused", chip=self.config.chip, error=str(error))
+        # Without weights there is no replica. The supervisor ends this life, in the chip's own words.
+        self.ctx.tell("supervisor", StartError(type(error).__name__, str(error)))
+
+    def _chip_is_ready(self, seconds: float, resident_bytes: int) -> None:
+        self._is_chip_ready = True
+        if not self._is_reported_ready:
+            self._is_reported_ready = True
+            self.ctx.tell("supervisor", Ready(seconds=seconds, detail=f"{resident_bytes / 2**20:.0f} MiB resident"))
+        self._launch()
+
+    # Requests.
+
+    @handles(Submit)
+    def _submit(self, message: Submit, call: Call) -> None:
+        self._scheduler.add(message.request_id, unpack_tokens(message.prompt_token_ids), message.params)
+        self._serving[message.request_id] = _Serving(call, self.ctx.clock.now_ns(), message.attempt)
+        call.on_cancel(lambda _: self._abort(message.request_id))
+        self._launch()
+
+    def _abort(self, request_id: str) -> None:
+        self._serving.pop(request_id, None)
+        self._scheduler.abort(request_id)
+
+    def _fail(self, request_id: str, error: ChipbusError) -> None:
+        serving = self._serving.pop(request_id, None)
+        self._scheduler.abort(request_id)
+        if serving is not None:
+            serving.call.fail(error)
+
+    # Steps.
+
+    def _launch(self) -> None:
+        """Start the next step, unless one is on the chip or there is no chip."""
+        if self._step is not None or not self._is_chip_ready:
+            return
+        batch = self._scheduler.next_batch()
+        if batch is None:
+            return
+        now_ns = self.ctx.clock.now_ns()
+        for row in batch.record.rows:
+            serving = self._serving[row.request_id]
+            serving.first_step_ns = serving.first_step_ns or now_ns
+        dispatches = build_step(self._programs, batch.step, self._next_dispatch_id)
+        self._next_dispatch_id += len(dispatches)
+        self._step = _Step(batch, now_ns, [None] * len(dispatches), len(dispatches))
+        self._record(batch)
+        trace_id = self._serving[batch.record.rows[0].request_id].call.trace_id
+        for position, dispatch in enumerate(dispatches):
+            self._ask_chip(self._step, position, dispatch, trace_id)
+
+    def _ask_chip(self, step: _Step, position: int, dispatch: Dispatch, trace_id: bytes) -> None:
+        def on_reply(reply: object) -> None:
+            if self._step is step:
+                assert isinstance(reply, Completion)
+                step.completions[position] = reply
+                step.missing -= 1
+                if not step.missing:
+                    self._finish_step(step)
+
+        def on_error(error: ChipbusError) -> None:
+            if self._step is step and not isinstance(error, PeerGone):  # a dead chip is on_peer_down's
+                self._step_failed(step, error)
+
+        self.ctx.ask(
+            self.config.chip,
+            dispatch,
+            timeout_s=self.config.step_timeout_s,
+            on_reply=on_reply,
+            on_error=on_error,
+            trace_id=trace_id,
+        )
+
+    def _step_failed(self, step: _Step, error: ChipbusError) -> None:
+        """A dispatch failed: its requests fail with the chip's words, the others go on."""
+        self._step = None
+        self.ctx.log.error("step.failed", step_id=step.batch.record.step_id, error=str(error))
+        for row in step.batch.record.rows:
+            self._fail(row.request_id, error)
+        self._scheduler.drop(step.batch)
+        self._launch()
+
+    def _finish_step(self, step: _Step) -> None:
+        completions = [completion for completion in step.completions if completion is not None]
+        tokens = read_step(step.batch.step, completions)
+        now_ns = self.ctx.clock.now_ns()
+        self._steps += 1
+        self._device_ns += sum(completion.device_ns for completion in completions)
+        self._prompt_tokens += sum(len(row.tokens) for row in step.batch.step.prefills)
+        self._step = None
+        for event in self._scheduler.apply(step.batch, tokens):
+            self._deliver(event, now_ns)
+        self._step_ns += self.ctx.clock.now_ns() - step.began_ns
+        self._launch()
+
+    def _deliver(self, event: TokenEvent, now_ns: int) -> None:
+        serving = self._serving[event.request_id]
+        serving.first_token_ns = serving.first_token_ns or now_ns
+        self._tokens_generated += 1
+        token = event.token
+        rows: tuple[LogprobRow, ...] = ()
+        if token.logprob is not None:
+            rows = (LogprobRow(token.token_id, token.logprob, token.top_ids, token.top_logprobs),)
+        ids = pack_tokens([token.token_id])
+        serving.call.item(TokenDelta(token_index=event.token_index, token_ids=ids, logprobs=rows))
+        if event.finish_reason is not None:
+            del self._serving[event.request_id]
+            serving.call.reply(
+                TokensDone(
+                    finish_reason=event.finish_reason,
+                    stop_token_id=event.stop_token_id,
+                    replica=self.config.replica,
+                    dp_rank=self.config.dp_rank,
+                    attempt=serving.attempt + serving.chip_deaths,
+                    queued_s=(serving.first_step_ns - serving.arrived_ns) / 1e9,
+                    prefill_s=(serving.first_token_ns - serving.first_step_ns) / 1e9,
+                    decode_s=(now_ns - serving.first_token_ns) / 1e9,
+                )
+            )
+
+    # What others ask.
+
+    def progress(self) -> int:
+        """Steps so far."""
+        return self._steps
+
+    @handles(ReplicaStatisticsRequest)
+    def _statistics(self, _message: ReplicaStatisticsRequest, call: Call) -> None:
+        call.reply(
+            ReplicaStatistics(
+                replica=self.config.replica,
+                pages_total=self._scheduler.pages_total,
+                pages_free=self._scheduler.pages_free,
+                running=self._scheduler.num_running,
+                waiting=self._scheduler.num_waiting,
+                steps=self._steps,
+                tokens_generated=self._tokens_generated,
+                prompt_tokens=self._prompt_tokens,
+                step_ns=self._step_ns,
+                device_ns=self._device_ns,
+            )
+        )
+
+    def _record(self, batch: Batch) -> None:
+        """The batch decision, with the ids that tie callers' requests to the step."""
+        if self.ctx.ledger is None:
+            return
+        self.ctx.ledger.append(
+            "batch",
+            {
+                "step_id": batch.record.step_id,
+                "rows": [
+                    {
+                        "request_id": row.request_id,
+                        "trace_id": self._serving[row.request_id].call.trace_id.hex(),
+                        "kind": row.kind,
+                        "start": row.start,
+                        "length": row.length,
+                    }
+                    for row in batch.record.rows
+                ],
+                "preempted": list(batch.record.preempted),
+                "running": self._scheduler.num_running,
+                "waiting": self._scheduler.num_waiting,
+            },
+        )

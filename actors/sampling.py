@@ -1,0 +1,117 @@
+"""How one request wants its tokens chosen. Pure data; travels inside ``Generate`` and ``Submit``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from ..errors import RequestInvalid
+
+__all__ = ["SamplingParams", "sampling_from_mapping"]
+
+Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def _number(low: float, high: float, *, low_open: bool = False, whole: bool = False) -> Check:
+    """Validator: a finite number in [low, high], or (low, high] with ``low_open``; bool is not a number."""
+
+    def check(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        kinds: tuple[type, ...] = (int,) if whole else (int, float)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value > high or value < low or (low_open and value == low):
+            interval = f"{'(' if low_open else '['}{low:g}, {high:g}]"
+            raise RequestInvalid(
+                f"SamplingParams.{field.name} is {value!r}; it must be {'an integer' if whole else 'a number'}"
+                f" in {interval}"
+            )
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    def maybe(owner: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None:
+            check(owner, field, value)
+
+    return maybe
+
+
+def _flag(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, bool):
+        raise RequestInvalid(f"SamplingParams.{field.name} is {value!r}; it must be True or False")
+
+
+def _as_strings(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _strings(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
+    for item in value:
+        if not isinstance(item, str) or not item:
+            raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; each entry must be a non-empty string")
+
+
+def _token_ids(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
+    for item in value:
+        if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < 2**31:
+            raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; each entry must be a token id >= 0")
+
+
+@attrs.frozen(kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Checked when made; raises ``RequestInvalid`` naming the field.
+
+    Names and meanings follow vLLM's, so that a user can switch by changing an import.
+    """
+
+    max_tokens: int = attrs.field(default=256, validator=_number(1, 2**31 - 1, whole=True))
+    """Most tokens generated; capped to what the context leaves after the prompt."""
+    temperature: float = attrs.field(default=1.0, validator=_number(0, 100))
+    """Logits are divided by it; 0 is greedy (lowest token id wins a tie)."""
+    top_p: float = attrs.field(default=1.0, validator=_number(0, 1, low_open=True))
+    """Keep the smallest set of tokens whose probabilities add up to at least this; 1 keeps all."""
+    top_k: int = attrs.field(default=0, validator=_number(0, 2**31 - 1, whole=True))
+    """Keep this many most probable tokens; 0 keeps all."""
+    min_p: float = attrs.field(default=0.0, validator=_number(0, 1))
+    """Drop tokens less probable than this fraction of the most probable one; 0 drops none."""
+    seed: int | None = attrs.field(default=None, validator=_optional(_number(0, 2**63 - 1, whole=True)))
+    """Equal seed, prompt and parameters give equal tokens on every replica. None: drawn at admission, and recorded."""
+    stop: tuple[str, ...] = attrs.field(default=(), converter=_as_strings, validator=_strings)
+    """Texts that end the request; the text before the first of them is returned."""
+    stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=tuple, validator=_token_ids)
+    """Token ids that end the request, besides the model's own end-of-sequence ids."""
+    ignore_eos: bool = attrs.field(default=False, validator=_flag)
+    """Go on past the model's end-of-sequence ids."""
+    min_tokens: int = attrs.field(default=0, validator=_number(0, 2**31 - 1, whole=True))
+    """No end-of-sequence or stop id is chosen before this many tokens."""
+    logprobs: int | None = attrs.field(default=None, validator=_optional(_number(0, 20, whole=True)))
+    """For every token its log-probability and those of this many most probable ones; None gives none."""
+    n: int = attrs.field(default=1, validator=_number(1, 64, whole=True))
+    """Completions per prompt; completion i uses seed + i."""
+    presence_penalty: float = attrs.field(default=0.0, validator=_number(-2, 2))
+    """Subtracted from the logit of every token already generated."""
+    frequency_penalty: float = attrs.field(default=0.0, validator=_number(-2, 2))
+    """Subtracted from a token's logit once for every time it was generated."""
+    repetition_penalty: float = attrs.field(default=1.0, validator=_number(0, 10, low_open=True))
+    """Divides positive and multiplies negative logits of tokens in prompt or output (CTRL, arXiv:1909.05858)."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.min_tokens > self.max_tokens:
+            raise RequestInvalid(
+                f"SamplingParams.min_tokens is {self.min_tokens}; it must not exceed max_tokens, {self.max_tokens}"
+            )
+
+
+def sampling_from_mapping(fields: Mapping[str, Any]) -> SamplingParams:
+    """``SamplingParams`` from names and values; an unknown name raises ``RequestInvalid`` with the nearest match."""
+    known = [field.name for field in attrs.fields(SamplingParams)]
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise RequestInvalid(f"SamplingParams has no field {name!r}; {hint}")
+    return SamplingParams(**fields)

@@ -1,0 +1,308 @@
+"""Text ↔ token ids: a model directory's tokenizer and chat template, incremental decoding, stop strings.
+
+Owns: per request, the bytes of a character not complete yet (``Detokenizer``) and the text that may still turn out to
+be a stop string (``StopScanner``).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer, decoders
+
+from ..errors import CheckpointError, RequestInvalid
+from .messages.serving import ChatTurn
+
+__all__ = ["Detokenizer", "StopScanner", "TextModel"]
+
+
+class Detokenizer(Protocol):
+    """Turns token ids into text as they come. What ``add`` returned never changes later.
+
+    All pieces plus ``flush()`` together are what decoding all ids at once gives, special tokens skipped. (Byte-fallback
+    tokenizers may mark ill-formed bytes differently, since they take back what was well-formed before them.)
+    """
+
+    def add(self, token_id: int) -> str:
+        """Text that is complete now; never ends inside a character."""
+        ...
+
+    def flush(self) -> str:
+        """The rest, when no more tokens come: an unfinished character as U+FFFD. Call it once, last."""
+        ...
+
+
+class _ByteDetokenizer:
+    """For byte-level tokenizers, whose tokens are strings of bytes: exact for every sequence of ids, O(1) per byte."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        # Replaces each maximal ill-formed part by one U+FFFD, as the Unicode standard recommends and tokenizers does.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token_id: int) -> str:
+        return self._decoder.decode(self._token_bytes(token_id))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowDetokenizer:
+    """For every other tokenizer: decodes a short window of tokens again and takes what is new.
+
+    The window reaches back to the last but one place where the text was complete, because a token's text can depend on
+    the token before it (a leading space). A character spread over byte tokens shows as U+FFFD until it is complete;
+    after ``_LONGEST`` tokens (a character has at most four bytes) U+FFFD is what the model said, and is given out.
+    """
+
+    _LONGEST = 4
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._context = 0  # tokens of the window that are given out already
+        self._given = ""  # their text, as the window alone decodes it
+
+    def add(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._window) - self._context < self._LONGEST:
+            return ""
+        return self._give(text)
+
+    def flush(self) -> str:
+        return self._give(self._decode(self._window))
+
+    def _give(self, text: str) -> str:
+        new = text[len(self._given) :]
+        self._window = self._window[self._context :]
+        self._context = len(self._window)
+        self._given = self._decode(self._window)
+        return new
+
+
+class StopScanner:
+    """Finds the first stop string in text that comes in pieces, and gives out text only when it cannot be part of one.
+
+    The first is the one that ends first; of several ending at the same character, the longest. So the result depends
+    on the text alone, not on how it was cut into pieces. Cost: one comparison per character and stop string, amortised
+    (Knuth, Morris, Pratt 1977).
+    """
+
+    def __init__(self, stop: Iterable[str]) -> None:
+        self._stops = sorted(stop, key=len, reverse=True)
+        self._borders = [_borders(stop) for stop in self._stops]
+        self._matched = [0] * len(self._stops)  # per stop string: characters of it that end the text so far
+        self._held = ""
+
+    def feed(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """Next piece of text → (text that may be given out, the stop string found).
+
+        After a stop string was found, the text before it has been given out and nothing more may be fed. With
+        ``may_stop`` False (before ``min_tokens``) a stop string that ends in this piece is ordinary text.
+        """
+        if not self._stops:
+            return text, None
+        buffered = self._held + text
+        begin = len(self._held)
+        for offset, character in enumerate(text):
+            for index, stop in enumerate(self._stops):
+                if self._advance(index, character) and may_stop:
+                    self._held = ""
+                    return buffered[: begin + offset + 1 - len(stop)], stop
+        keep = max(self._matched)
+        cut = len(buffered) - keep
+        self._held = buffered[cut:]
+        return buffered[:cut], None
+
+    def flush(self) -> str:
+        """The text held back, when no more comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, index: int, character: str) -> bool:
+        """Feed one character to one stop string's automaton; True if the stop string ends here."""
+        stop, borders, length = self._stops[index], self._borders[index], self._matched[index]
+        while length and stop[length] != character:
+            length = borders[length - 1]
+        if stop[length] == character:
+            length += 1
+        complete = length == len(stop)
+        self._matched[index] = borders[length - 1] if complete else length
+        return complete
+
+
+def _borders(pattern: str) -> list[int]:
+    """For each prefix of ``pattern``: the length of its longest proper prefix that is also its suffix."""
+    borders = [0] * len(pattern)
+    length = 0
+    for position in range(1, len(pattern)):
+        while length and pattern[position] != pattern[length]:
+            length = borders[length - 1]
+        if pattern[position] == pattern[length]:
+            length += 1
+        borders[position] = length
+    return borders
+
+
+@attrs.frozen
+class _Chat:
+    """A chat template and the variables it may use besides the conversation."""
+
+    template: jinja2.Template
+    special_tokens: dict[str, str]
+
+
+class TextModel:
+    """Everything textual of a Hugging Face model directory: ``tokenizer.json``, special tokens, chat template."""
+
+    def __init__(self, directory: Path) -> None:
+        """Load. Raises ``CheckpointError`` naming the file that is missing or wrong."""
+        path = directory / "tokenizer.json"
+        try:
+            document = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"tokenizer file {path} cannot be read: {_reason(error)}") from error
+        try:
+            self._tokenizer = Tokenizer.from_str(document)
+        except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
+            raise CheckpointError(f"tokenizer file {path} is not a tokenizer: {error}") from error
+        # A file may carry the settings of the run that trained it; a prompt is refused, never cut or padded.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._is_byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        self._token_bytes: dict[int, bytes] = {}
+        self._chat = _load_chat(directory)
+        self._name = directory.name
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model wants around it. Raises ``RequestInvalid``."""
+        return self._encode(text, add_special_tokens=True)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of all ids at once, special tokens included; ids without a token, also negative ones, give nothing."""
+        return str(self._tokenizer.decode([i for i in token_ids if i >= 0], skip_special_tokens=False))
+
+    def render(self, turns: Sequence[ChatTurn]) -> str:
+        """A conversation as the model's chat template writes it, ready for the model's next turn.
+
+        Raises ``RequestInvalid`` if there is no template or it refuses the conversation.
+        """
+        if self._chat is None:
+            raise RequestInvalid(
+                f"model {self._name} has no chat template (tokenizer_config.json or chat_template.jinja); use a prompt"
+            )
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return self._chat.template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._chat.special_tokens
+            )
+        except Exception as error:  # a template is a program of the model's author and may raise anything
+            raise RequestInvalid(f"the chat template of model {self._name} failed: {error}") from error
+
+    def encode_chat(self, rendered: str) -> list[int]:
+        """Token ids of a rendered conversation; the template wrote all special tokens already."""
+        return self._encode(rendered, add_special_tokens=False)
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental decoder for one request's generated ids."""
+        if self._is_byte_level:
+            return _ByteDetokenizer(self._bytes_of)
+        return _WindowDetokenizer(lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)))
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestInvalid(f"the prompt is not valid Unicode at character {error.start}") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        """The bytes one token stands for; none for special and unknown tokens."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+            known = self._token_bytes[token_id] = _byte_level(token) if token else b""
+        return known
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character → byte of byte-level BPE: printable bytes stand for themselves, others for U+0100 upwards (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return alphabet | {chr(0x100 + position): byte for position, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF[character] for character in token])
+    except KeyError:  # an added token, written as plain text
+        return token.encode()
+
+
+def _load_chat(directory: Path) -> _Chat | None:
+    """The chat template: ``chat_template.jinja`` if there is one, else the field of ``tokenizer_config.json``."""
+    path = directory / "tokenizer_config.json"
+    config: Any = {}
+    if path.exists():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"tokenizer configuration {path} cannot be read: {_reason(error)}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"tokenizer configuration {path} is a {type(config).__name__}; it must be an object")
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    path_of_template = directory / "chat_template.jinja"
+    if path_of_template.exists():
+        path = path_of_template
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"chat template {path} cannot be read: {_reason(error)}") from error
+    if source is None:
+        return None
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    try:
+        template = environment.from_string(source)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise CheckpointError(f"the chat template in {path} is not a template: {error}") from error
+    special = {}
+    for name, value in config.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(token, str):
+            special[name] = token
+    return _Chat(template, special)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Jinja's own filter escapes HTML; templates expect plain JSON."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    """What templates call to refuse a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,55 @@
+"""HOW messages move: actors, envelopes, codec, links, inboxes, deadlines, shared memory, the ledger, clocks."""
+
+from __future__ import annotations
+
+from .actor import Actor, Context, handles
+from .clock import Clock, SystemClock, VirtualClock
+from .conversation import Ask, Call
+from .envelope import Lane
+from .ledger import Entry, LedgerReader, LedgerWriter, read_ledger
+from .lifecycle import PeerDown, PeerUp, Ping, Pong, Progress, Ready, Stop
+from .local import LocalSystem
+from .logs import get_logger
+from .node import Node, NodeConfig
+from .registry import decode, encode, message, register, schema_hash
+from .segments import Arena, TensorRef
+from .timers import Timer
+from .tokens import TokenIds, pack_tokens, unpack_tokens
+
+__all__ = [
+    "Actor",
+    "Arena",
+    "Ask",
+    "Call",
+    "Clock",
+    "Context",
+    "Entry",
+    "Lane",
+    "LedgerReader",
+    "LedgerWriter",
+    "LocalSystem",
+    "Node",
+    "NodeConfig",
+    "PeerDown",
+    "PeerUp",
+    "Ping",
+    "Pong",
+    "Progress",
+    "Ready",
+    "Stop",
+    "SystemClock",
+    "TensorRef",
+    "Timer",
+    "TokenIds",
+    "VirtualClock",
+    "decode",
+    "encode",
+    "get_logger",
+    "handles",
+    "message",
+    "pack_tokens",
+    "read_ledger",
+    "register",
+    "schema_hash",
+    "unpack_tokens",
+]

@@ -1,0 +1,176 @@
+"""The two ends of an ask: ``Ask`` at the asker, ``Call`` at the one asked. Each ends exactly once.
+
+Owned by the exchange of their node; actors keep them to cancel, to answer, and to hear of a cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ChipbusError
+from .envelope import ERROR, REPLY, STREAM
+from .lifecycle import failure_of
+from .registry import MessageType
+from .timers import Timer
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+    from .link import Link
+
+__all__ = ["BROKEN", "CANCELLED", "CANCEL_REASONS", "EXPIRED", "STOPPED", "Ask", "Call"]
+
+CANCEL_REASONS = ("its caller cancelled it", "its deadline passed", "its caller lost an item", "its caller stopped")
+"""Why nobody waits for an answer any more; the index travels in a CANCEL."""
+CANCELLED, EXPIRED, BROKEN, STOPPED = range(4)
+
+
+class Ask:
+    """A question under way. Made by ``Context.ask``."""
+
+    __slots__ = (
+        "_exchange", "_row", "correlation", "deadline_ns", "link", "next_item", "on_error", "on_item", "on_reply",
+        "timer", "trace_id",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        row: MessageType,
+        deadline_ns: int,
+        trace_id: bytes,
+        on_reply: Callable[[Any], None],
+        on_error: Callable[[ChipbusError], None],
+        on_item: Callable[[Any], None] | None,
+    ) -> None:
+        self._exchange = exchange
+        self._row = row
+        self.deadline_ns = deadline_ns  # absolute, the bus's clock
+        self.trace_id = trace_id  # 16 bytes
+        self.on_reply = on_reply
+        self.on_error = on_error
+        self.on_item = on_item
+        self.timer: Timer | None = None  # None: ended
+        self.link: Link | None = None
+        self.correlation = 0
+        self.next_item = 0
+
+    @property
+    def what(self) -> str:
+        """Name of the message that was asked."""
+        return self._row.cls.__name__
+
+    @property
+    def lane(self) -> int:
+        """Lane of the message that was asked."""
+        return self._row.lane
+
+    def opened(self, timer: Timer) -> None:
+        """It is under way; ``timer`` ends it. For the exchange."""
+        self.timer = timer
+
+    def sent(self, link: Link, correlation: int) -> None:
+        """It left for a peer. For the exchange."""
+        self.link = link
+        self.correlation = correlation
+
+    @property
+    def is_open(self) -> bool:
+        """Neither answered, failed nor cancelled."""
+        return self.timer is not None
+
+    def cancel(self) -> None:
+        """Give up: the callee is told, and no callback of this ask runs any more. Idempotent."""
+        if self.timer is not None:
+            self._exchange.give_up(self, CANCELLED)
+
+    def expire(self) -> None:
+        """Its deadline passed; called by its timer."""
+        self._exchange.expire(self)
+
+    def end(self) -> None:
+        """Close without calling anybody; for the exchange."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if self.link is not None:
+            self.link.asks.pop(self.correlation, None)
+
+
+class Call:
+    """A question to be answered. Answering one that is closed does nothing but count ``late_answers``."""
+
+    __slots__ = (
+        "_callbacks", "_cancel_reason", "_exchange", "_timer", "correlation", "deadline_ns", "lane", "link",
+        "next_item", "sender", "trace_id",
+    )  # fmt: skip
+
+    def __init__(
+        self, exchange: Exchange, link: Link, correlation: int, lane: int, deadline_ns: int, trace_id: bytes
+    ) -> None:
+        self._exchange = exchange
+        self._callbacks: list[Callable[[str], None]] = []
+        self._cancel_reason: str | None = None
+        self._timer: Timer | None = None
+        self.link: Link | None = link  # None: ended
+        self.sender = link.peer  # name of the asker
+        self.correlation = correlation
+        self.lane = lane
+        self.deadline_ns = deadline_ns  # absolute, the bus's clock
+        self.trace_id = trace_id  # 16 bytes
+        self.next_item = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Neither answered nor cancelled."""
+        return self.link is not None
+
+    def item(self, message: Any) -> None:
+        """Send one item of a stream; the asker sees items in this order, without gaps."""
+        if self._exchange.answer(self, STREAM, message):
+            self.next_item += 1
+
+    def reply(self, message: Any) -> None:
+        """Answer, and close."""
+        self._exchange.answer(self, REPLY, message)
+        self._close()
+
+    def fail(self, error: ChipbusError) -> None:
+        """Answer with an error, and close. It reaches the asker's ``on_error`` as the same class with the same text."""
+        self._exchange.answer(self, ERROR, failure_of(error))
+        self._close()
+
+    def on_cancel(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback(reason)``, at most once, if nobody waits for the answer any more.
+
+        That is: the caller cancelled, its process ended, or the deadline passed. If it has happened already, it
+        runs soon.
+        """
+        if self._cancel_reason is not None:
+            reason = self._cancel_reason
+            self._exchange.soon(lambda: callback(reason))
+        elif self.link is not None:
+            self._callbacks.append(callback)
+            if self._timer is None:  # the asker cancels at the deadline, but it may be stopped itself
+                self._timer = self._exchange.timers.at(
+                    self.deadline_ns, lambda: self.cancelled(CANCEL_REASONS[EXPIRED])
+                )
+
+    def cancelled(self, reason: str) -> None:
+        """Close because nobody waits any more; for the exchange."""
+        if self.link is None:
+            return
+        callbacks = self._callbacks
+        self._cancel_reason = reason
+        self._close()
+        for callback in callbacks:
+            self._exchange.guard("on_cancel", None, callback, reason)
+
+    def _close(self) -> None:
+        link, self.link = self.link, None
+        self._callbacks = []
+        if link is not None:
+            link.calls.pop(self.correlation, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,411 @@
+"""One actor's end of the bus, independent of transport: asks, calls, streams, mailbox, deadlines, counters.
+
+Owns all state of conversations, for ``Node`` (sockets) and ``LocalSystem`` (one process, virtual time) alike.
+Thread: the loop of its node. A transport hands it frames (``receive``) and turns (``serve``), runs its timers, and
+sends what it puts into a link's ``Port``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import BadFrame, BusError, ChipbusError, DeadlineExceeded, MailboxFull, Overloaded, PeerGone
+from .actor import Actor
+from .clock import NS_PER_S, Clock
+from .conversation import BROKEN, CANCEL_REASONS, CANCELLED, EXPIRED, Ask, Call
+from .envelope import (
+    ASK,
+    CANCEL,
+    ERROR,
+    NO_TRACE,
+    REPLY,
+    STREAM,
+    TELL,
+    WORK,
+    Envelope,
+    Kind,
+    Lane,
+    envelope_of,
+    name_id,
+    record_at,
+    seal,
+)
+from .ledger import LedgerWriter
+from .lifecycle import error_of
+from .lifespan import Lifespan
+from .link import ANSWER_BOUND, OUT_BOUND, Link
+from .logs import get_logger
+from .mailbox import Letter, Mailbox
+from .peers import Peers
+from .ports import Codec, Driver, WireCodec
+from .recording import envelope_fields
+from .registry import encode, lookup, type_of
+from .timers import TimerQueue
+
+__all__ = ["Exchange"]
+
+LONGEST_TIMEOUT_S = 1e9  # 31 years, so that a deadline fits into its field
+EXIT_SOFTWARE = 70  # sysexits.h: internal software error
+
+
+class Exchange:
+    """The bus around one actor. Every message it sends or takes goes through here exactly once."""
+
+    def __init__(
+        self,
+        actor: Actor,
+        driver: Driver,
+        *,
+        name: str,
+        incarnation: int,
+        clock: Clock,
+        seed: int,
+        ledger: LedgerWriter | None = None,
+        codec: Codec | None = None,
+    ) -> None:
+        self.actor = actor
+        self.name = name
+        self.incarnation = incarnation
+        self.clock = clock
+        self.ledger = ledger
+        self.random = random.Random(f"{seed}/{name}/{incarnation}")  # noqa: S311 (repeatable on purpose)
+        self.log = get_logger().bind(actor=name, incarnation=incarnation)
+        self.timers = TimerQueue()
+        self.mailbox = Mailbox()
+        self.peers = Peers(self, driver)
+        self.counters: Counter[str] = Counter()
+        self.sender = ""
+        self.is_finished = False
+        self._id = name_id(name)
+        self._codec = codec or WireCodec()
+        self._links = self.peers.links
+        self.lifespan = Lifespan(self, driver)
+        self._handlers = self.lifespan.handlers()
+        for kind, method in actor.handler_names().items():
+            self._handlers.setdefault(kind, getattr(actor, method))
+
+    # What the actor says.
+
+    def tell(self, to: str, message: Any) -> None:
+        """See ``Context.tell``."""
+        link = self._link_to(to)
+        row = type_of(message)
+        link.sequence += 1
+        body = self._codec.encode(message)
+        self._send(link, TELL, row.type_id, row.lane, link.sequence, 0, NO_TRACE, 0, body, OUT_BOUND)
+
+    def ask(
+        self,
+        to: str,
+        message: Any,
+        *,
+        timeout_s: float,
+        on_reply: Callable[[Any], None],
+        on_error: Callable[[ChipbusError], None],
+        on_item: Callable[[Any], None] | None = None,
+        trace_id: bytes | None = None,
+        wait_for_link: bool = False,
+    ) -> Ask:
+        """See ``Context.ask``."""
+        row = type_of(message)
+        deadline_ns = self.clock.now_ns() + max(1, int(min(timeout_s, LONGEST_TIMEOUT_S) * NS_PER_S))
+        trace_id = trace_id or self.random.randbytes(16)
+        ask = Ask(self, row, deadline_ns, trace_id, on_reply, on_error, on_item)
+        ask.opened(self.timers.at(deadline_ns, ask.expire))
+        if wait_for_link and to not in self._links and not self.is_finished and self.peers.park(to, ask, message):
+            return ask
+        self.start(ask, to, message)
+        return ask
+
+    def start(self, ask: Ask, to: str, message: Any) -> None:
+        """Send an ask that is open; what prevents it is delivered soon, never raised."""
+        try:
+            link = self._link_to(to)
+            body = self._codec.encode(message)
+            link.sequence = correlation = link.sequence + 1
+            self._send(
+                link, ASK, type_of(message).type_id, ask.lane, correlation, ask.deadline_ns, ask.trace_id, 0, body,
+                OUT_BOUND,
+            )  # fmt: skip
+        except BusError as error:
+            self._fail_soon(ask, Overloaded(str(error)) if isinstance(error, MailboxFull) else error)
+        else:
+            link.asks[correlation] = ask
+            ask.sent(link, correlation)
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Run a callback in the next turn."""
+        self.timers.at(self.clock.now_ns(), callback)
+
+    def answer(self, call: Call, kind: int, message: Any) -> bool:
+        """Send an answer of an open call; False (and counted) if nobody waits for it any more."""
+        link = call.link
+        if link is None:
+            self.count("late_answers")
+            return False
+        type_id, body = type_of(message).type_id, self._codec.encode(message)
+        try:
+            self._send(
+                link, kind, type_id, call.lane, call.correlation, 0, call.trace_id, call.next_item, body, ANSWER_BOUND
+            )  # fmt: skip
+        except MailboxFull as error:
+            self.count("streams_overrun", peer=link.peer)
+            call.cancelled(str(error))
+            return False
+        return True
+
+    def give_up(self, ask: Ask, reason: int) -> None:
+        """End an ask without calling anybody, and tell the callee why (index into ``CANCEL_REASONS``)."""
+        link = ask.link
+        ask.end()
+        if link is None or link is not self._links.get(link.peer):
+            return
+        try:
+            self._send(
+                link, CANCEL, 0, ask.lane, ask.correlation, 0, ask.trace_id, reason, b"", ANSWER_BOUND,
+                control=True,
+            )  # fmt: skip
+        except MailboxFull:
+            self.count("dead_letters", peer=link.peer, message="cancel")
+
+    def expire(self, ask: Ask) -> None:
+        """The deadline of an open ask passed."""
+        why = f"by {ask.link.peer}" if ask.link is not None else "and never sent: no link came up"
+        self.give_up(ask, EXPIRED)
+        error = DeadlineExceeded(f"{ask.what} was not answered in time {why}")
+        self.guard("on_error", None, ask.on_error, error)
+
+    def _fail_soon(self, ask: Ask, error: ChipbusError) -> None:
+        """Deliver an error that was known before ``ask`` returned, unless it is cancelled first."""
+
+        def deliver() -> None:
+            if ask.is_open:
+                ask.end()
+                ask.on_error(error)
+
+        self.soon(deliver)
+
+    def _link_to(self, name: str) -> Link:
+        link = self._links.get(name)
+        if link is None or self.is_finished:
+            raise PeerGone(f"{self.name} has {'stopped' if self.is_finished else f'no link to {name}'}")
+        return link
+
+    def _send(
+        self,
+        link: Link,
+        kind: int,
+        type_id: int,
+        lane: int,
+        correlation: int,
+        deadline_ns: int,
+        trace_id: bytes,
+        position: int,
+        body: bytes,
+        bound: int,
+        *,
+        control: bool = False,
+    ) -> None:
+        record = seal(
+            kind, type_id, lane, correlation, deadline_ns, self._id, link.peer_id, self.incarnation, trace_id, position,
+            body,
+        )  # fmt: skip
+        (link.port or link).put(control or lane < WORK, record, bound)
+        if self.ledger is not None:
+            self.record("out", link.peer, link.incarnation, envelope_of(record))
+
+    def handshake(self, kind: Kind, message: Any, peer: str, peer_incarnation: int) -> bytes:
+        """A HELLO, WELCOME or REFUSE as a record; it goes out before there is a link."""
+        record = seal(
+            kind, type_of(message).type_id, Lane.CHILD, 0, 0, self._id, name_id(peer), self.incarnation, NO_TRACE, 0,
+            encode(message),
+        )  # fmt: skip
+        self.record("out", peer, peer_incarnation, envelope_of(record))
+        return record
+
+    # What arrives.
+
+    def receive(self, peer: str, frame: bytes, *, control: bool) -> None:
+        """A frame from a linked peer. Bytes that are no record of it are counted and dropped, never raised."""
+        view, offset, end = memoryview(frame), 0, len(frame)
+        try:
+            while True:
+                envelope, body, offset = record_at(view, offset)
+                link = self._links.get(peer)
+                if link is None or envelope.incarnation != link.incarnation or envelope.source != link.peer_id:
+                    self.count("late_frames", peer=peer, from_incarnation=envelope.incarnation)
+                else:
+                    self._accept(link, envelope, body, control)
+                if offset == end:
+                    return
+        except BadFrame as error:
+            self.count("bad_frames", peer=peer, error=str(error))
+
+    def _accept(self, link: Link, envelope: Envelope, body: memoryview, control: bool) -> None:
+        if self.ledger is not None:
+            self.record("in", link.peer, link.incarnation, envelope)
+        kind = envelope.kind
+        if envelope.destination != self._id:
+            raise BadFrame(f"a record from {link.peer} is for another node")
+        if kind <= ASK:
+            self._accept_request(link, envelope, body, control)
+        elif kind <= ERROR:
+            self.mailbox.push((link, envelope, body, None))
+        elif kind == CANCEL:
+            self._accept_cancel(link, envelope)
+        else:
+            raise BadFrame(f"a {Kind(kind).name} from {link.peer} on a link that is up")
+
+    def _accept_request(self, link: Link, envelope: Envelope, body: memoryview, control: bool) -> None:
+        correlation, lane = envelope.correlation, envelope.flags
+        if correlation <= link.seen[control]:
+            raise BadFrame(f"sequence {correlation} from {link.peer} after {link.seen[control]}")
+        link.seen[control] = correlation
+        call = None
+        if envelope.kind == ASK:
+            call = Call(self, link, correlation, lane, envelope.deadline_ns, envelope.trace_id)
+            link.calls[correlation] = call
+            if correlation in link.cancelled:
+                link.cancelled.discard(correlation)
+                call.cancelled(CANCEL_REASONS[CANCELLED])
+        try:
+            row = lookup(envelope.type_id)
+            if row.lane != lane or (lane < WORK) != control:
+                raise BadFrame(f"{row.cls.__name__} from {link.peer} in lane {lane}, not {row.lane}")
+            if call is not None and not envelope.deadline_ns:
+                raise BadFrame(f"{row.cls.__name__} from {link.peer} asks without a deadline")
+        except BadFrame as error:
+            self._reject(call, "bad_frames", error, link)
+            return
+        if self.is_finished:
+            self._reject(call, "dead_letters", PeerGone(f"{self.name} has stopped"), link)
+        elif not self.mailbox.offer((link, envelope, body, call)):
+            counter = "dead_letters" if call is None else "overloaded_asks"
+            self._reject(call, counter, Overloaded(f"the {Lane(lane).name} mailbox of {self.name} is full"), link)
+
+    def _reject(self, call: Call | None, counter: str, error: ChipbusError, link: Link) -> None:
+        self.count(counter, peer=link.peer, error=str(error))
+        if call is not None and call.is_open:
+            call.fail(error)
+
+    def _accept_cancel(self, link: Link, envelope: Envelope) -> None:
+        call = link.calls.get(envelope.correlation)
+        if call is not None:
+            call.cancelled(CANCEL_REASONS[envelope.position % len(CANCEL_REASONS)])
+        elif envelope.correlation > link.seen[envelope.lane < WORK]:
+            if len(link.cancelled) >= ANSWER_BOUND:
+                raise BadFrame(f"{link.peer} has cancelled {len(link.cancelled)} asks that have not arrived")
+            link.cancelled.add(envelope.correlation)  # the ask itself is still on its way
+
+    def wants_more(self, control: bool) -> bool:
+        """Whether a transport should read on at once, or let the actor work and poll again.
+
+        A lone message is mostly alone, and asking the socket for more costs a twentieth of a round trip. Work is read
+        only while the mailbox has room, so pressure goes back to the sender's bounded queue instead of losing messages.
+        """
+        return len(self.mailbox) > 1 and (control or self.mailbox.has_room)
+
+    # What is done with it.
+
+    def serve(self, *, control_only: bool = False) -> bool:
+        """Handle the most urgent letter; False if there is none."""
+        letter = self.mailbox.pop(control_only=control_only)
+        if letter is None or self.is_finished:
+            return False
+        if letter[1].kind > ASK:
+            self._serve_answer(letter)
+        else:
+            self.sender = letter[0].peer
+            self._serve_request(letter)
+            self.sender = ""
+        return True
+
+    def serve_answers(self, link: Link) -> None:
+        """Handle the answers of one peer that have been received, ahead of all else."""
+        for letter in self.mailbox.take_answers(link):
+            self._serve_answer(letter)
+
+    def _serve_request(self, letter: Letter) -> None:
+        link, envelope, body, call = letter
+        if call is not None:
+            if not call.is_open:
+                self.count("cancelled_before_start")
+                return
+            if call.deadline_ns <= self.clock.now_ns():
+                late = DeadlineExceeded(f"the deadline passed before {self.name} could start")
+                self._reject(call, "expired_before_start", late, link)
+                return
+        try:
+            message = self._codec.decode(envelope.type_id, body)
+        except BadFrame as error:
+            self._reject(call, "bad_frames", error, link)
+            return
+        kind = type(message)
+        handler = self._handlers.get(kind)
+        if handler is None:
+            self._reject(call, "dead_letters", BusError(f"{self.name} does not handle {kind.__name__}"), link)
+        else:
+            self.guard(kind.__name__, call, handler, message, call)
+
+    def _serve_answer(self, letter: Letter) -> None:
+        link, envelope, body, _ = letter
+        kind = envelope.kind
+        ask = link.asks.get(envelope.correlation)
+        if ask is None:
+            self.count("late_frames", peer=link.peer, kind=Kind(kind).name)
+            return
+        try:
+            if kind != ERROR and envelope.position != ask.next_item:
+                raise BadFrame(f"item {ask.next_item} of the answer to {ask.what} by {link.peer} is missing")
+            message = self._codec.decode(envelope.type_id, body)
+            if kind == ERROR:
+                message = error_of(message)
+        except BadFrame as error:
+            self.count("bad_frames", peer=link.peer, error=str(error))
+            self.give_up(ask, BROKEN)
+            self.guard("on_error", None, ask.on_error, error)
+            return
+        if kind == STREAM:
+            ask.next_item += 1
+            if ask.on_item is not None:
+                self.guard("on_item", None, ask.on_item, message)
+            return
+        ask.end()
+        if kind == REPLY:
+            self.guard("on_reply", None, ask.on_reply, message)
+        else:
+            self.guard("on_error", None, ask.on_error, message)
+
+    def guard(self, what: str, call: Call | None, callback: Callable[..., None], *arguments: Any) -> None:
+        """Run code of the actor; what it raises fails ``call`` and is logged, and the actor goes on living."""
+        try:
+            callback(*arguments)
+        except (SystemExit, MemoryError) as error:
+            self.log.critical("actor.fatal", handler=what, error=repr(error), exit_code=EXIT_SOFTWARE)
+            os._exit(EXIT_SOFTWARE)
+        except Exception as error:  # whatever a handler raises belongs to its call, not to the loop
+            self.counters["handler_failures"] += 1
+            self.log.error("actor.handler_failed", handler=what, error=repr(error), exc_info=True)
+            if call is not None and call.is_open:
+                call.fail(error if isinstance(error, ChipbusError) else ChipbusError(repr(error)))
+
+    # What is written down.
+
+    def count(self, counter: str, amount: int = 1, **facts: object) -> None:
+        """Count an event; the first is logged, and each that gives the total another digit."""
+        if not amount:
+            return
+        before = self.counters[counter]
+        self.counters[counter] = total = before + amount
+        if not before or len(str(total)) > len(str(before)):
+            self.log.warning("bus.counted", counter=counter, total=total, **facts)
+
+    def record(self, direction: str, peer: str, peer_incarnation: int, envelope: Envelope) -> None:
+        """Write one envelope into the ledger."""
+        if self.ledger is not None:
+            about = {"direction": direction, "peer": peer, "peer_incarnation": peer_incarnation}
+            self.ledger.append("message", {**about, "incarnation": self.incarnation, **envelope_fields(envelope)})

@@ -1,0 +1,126 @@
+"""What nodes say to each other about themselves: hello, who is up, who is gone, stop, health, start-up progress."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import attrs
+import msgspec
+
+from .. import errors
+from ..errors import ChipbusError
+from .envelope import Lane
+from .registry import message
+
+__all__ = [
+    "Failure", "Hello", "PeerDown", "PeerUp", "Ping", "Pong", "Progress", "Ready", "Stop", "Welcome",
+    "error_of", "failure_of",
+]  # fmt: skip
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+Incarnation = Annotated[int, msgspec.Meta(ge=1, lt=2**32)]
+
+
+@message(0x0101, lane=Lane.CHILD)
+@attrs.frozen(kw_only=True)
+class Hello:
+    """First record on each socket of a new link, from the connecting side; the binder checks every field."""
+
+    name: Name
+    incarnation: Incarnation
+    pid: int  # must be the pid the kernel reports for the connection
+    to: Name
+    to_incarnation: Incarnation
+    schema: bytes  # registry.schema_table()
+
+
+@message(0x0102, lane=Lane.CHILD)
+@attrs.frozen(kw_only=True)
+class Welcome:
+    """The binder's answer to ``Hello`` on both sockets: the link is up."""
+
+    name: Name
+    incarnation: Incarnation
+
+
+@message(0x0103, lane=Lane.CHILD)
+@attrs.frozen
+class PeerUp:
+    """Supervisor to a child: ``name`` is up, connect to it."""
+
+    name: Name
+    incarnation: Incarnation
+
+
+@message(0x0104, lane=Lane.CHILD)
+@attrs.frozen
+class PeerDown:
+    """Supervisor to a child: ``name`` has ended; everything open with it ends now."""
+
+    name: Name
+    incarnation: Incarnation
+    reason: str  # "signal 9 (SIGKILL)", "exit code 1"
+
+
+@message(0x0105, lane=Lane.STOP)
+@attrs.frozen
+class Stop:
+    """End politely. A stop still held at ``deadline_ns`` (CLOCK_MONOTONIC; 0: none) is carried out all the same."""
+
+    deadline_ns: int
+
+
+@message(0x0106, lane=Lane.CHILD)
+@attrs.frozen
+class Ready:
+    """A child tells the supervisor that it can serve, ``seconds`` after its actor started."""
+
+    seconds: float
+    detail: str = ""
+
+
+@message(0x0107, lane=Lane.CHILD)
+@attrs.frozen
+class Progress:
+    """A long phase moves on: ``done`` of ``total`` ``unit`` ("bytes", "tokens")."""
+
+    phase: str
+    done: float
+    total: float
+    unit: str
+
+
+@message(0x0108, lane=Lane.HEALTH)
+@attrs.frozen
+class Ping:
+    """Are you alive? As an ask it is replied to, as a tell it is answered by a tell. Answered by the node itself."""
+
+
+@message(0x0109, lane=Lane.HEALTH)
+@attrs.frozen
+class Pong:
+    """Alive; ``progress`` is ``Actor.progress()``, so a stuck compute thread shows as an unchanged number."""
+
+    progress: int
+
+
+@message(0x010A, lane=Lane.WORK)
+@attrs.frozen
+class Failure:
+    """An error on the wire: class name in ``chipbus.errors`` and the sentence."""
+
+    error: str
+    text: str
+
+
+def failure_of(error: ChipbusError) -> Failure:
+    """The wire form of an error; a class outside ``chipbus.errors`` travels as its nearest ancestor there."""
+    known = next(cls for cls in type(error).__mro__ if cls.__name__ in errors.__all__)
+    return Failure(known.__name__, str(error))
+
+
+def error_of(failure: Failure) -> ChipbusError:
+    """The error a ``Failure`` stands for; an unknown class name gives ``ChipbusError``."""
+    cls = getattr(errors, failure.error) if failure.error in errors.__all__ else ChipbusError
+    error: ChipbusError = cls(failure.text)
+    return error

@@ -1,0 +1,77 @@
+"""What a node does by itself, whatever its actor: follow the directory, answer pings, stop.
+
+Owns: whether the stop began and is held. Thread: the loop of its node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PeerGone
+from .conversation import STOPPED, Call
+from .lifecycle import PeerDown, PeerUp, Ping, Pong, Stop
+from .ports import Driver
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+
+__all__ = ["Lifespan"]
+
+
+class Lifespan:
+    """Handles the lifecycle messages and ends an exchange."""
+
+    def __init__(self, exchange: Exchange, driver: Driver) -> None:
+        self._exchange = exchange
+        self._driver = driver
+        self._is_stopping = False
+        self._is_held = False
+
+    def handlers(self) -> dict[type, Callable[[Any, Call | None], None]]:
+        """Handlers by message type; an actor cannot replace them."""
+        peers = self._exchange.peers
+        return {
+            PeerUp: lambda message, _: peers.connect(message.name, message.incarnation),
+            PeerDown: lambda message, _: peers.down(message.name, message.incarnation, message.reason),
+            Stop: lambda message, _: self.begin_stop(message.deadline_ns),
+            Ping: self._ping,
+        }
+
+    def begin_stop(self, deadline_ns: int) -> None:
+        """A polite stop: ask the actor, then finish unless it holds."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        if deadline_ns:
+            self._exchange.timers.at(deadline_ns, self.finish)
+        self._exchange.guard("on_stop", None, self._exchange.actor.on_stop)
+        if not self._is_held:
+            self.finish()
+
+    def hold(self) -> None:
+        """See ``Context.hold_stop``."""
+        self._is_held = True
+
+    def finish(self) -> None:
+        """Answer everything that is open, then let the driver leave its loop. Idempotent."""
+        exchange = self._exchange
+        if exchange.is_finished:
+            return
+        for link in list(exchange.peers.links.values()):
+            for call in list(link.calls.values()):
+                call.fail(PeerGone(f"{exchange.name} stopped before it answered"))
+        exchange.is_finished = True
+        for peer, ask in exchange.peers.open_asks():
+            if ask.is_open:  # an earlier callback may have cancelled it
+                exchange.give_up(ask, STOPPED)
+                gone = PeerGone(f"{exchange.name} stopped before {peer} answered")
+                exchange.guard("on_error", None, ask.on_error, gone)
+        self._driver.finish()
+
+    def _ping(self, _: Ping, call: Call | None) -> None:
+        pong = Pong(self._exchange.actor.progress())
+        if call is not None:
+            call.reply(pong)
+        else:
+            self._exchange.tell(self._exchange.sender, pong)

@@ -1,0 +1,61 @@
+"""One peer as an actor's exchange sees it: identity, what is open with it, and the port its records leave by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import MailboxFull
+from .envelope import name_id
+from .ports import Port
+
+if TYPE_CHECKING:
+    from .conversation import Ask, Call
+
+__all__ = ["ANSWER_BOUND", "OUT_BOUND", "Link"]
+
+OUT_BOUND = 4096
+"""Records waiting to be sent to one peer on one socket, above which tells and asks are refused."""
+ANSWER_BOUND = 16 * OUT_BOUND
+"""The same for answers: a stream ends only when its reader is this far behind."""
+
+
+class Link:
+    """State shared with one life of one peer. Pending until it has a port; then records wait in the backlog."""
+
+    __slots__ = ("_backlog", "asks", "calls", "cancelled", "incarnation", "peer", "peer_id", "port", "seen", "sequence")
+
+    def __init__(self, peer: str, incarnation: int) -> None:
+        self.peer = peer
+        self.incarnation = incarnation
+        self.peer_id = name_id(peer)
+        self.port: Port | None = None
+        self.sequence = 0  # of the last tell or ask sent
+        self.seen = [0, 0]  # sequence of the last tell or ask received: data socket, control socket
+        self.asks: dict[int, Ask] = {}  # ours, by correlation id
+        self.calls: dict[int, Call] = {}  # theirs, by correlation id
+        self.cancelled: set[int] = set()  # asks whose cancel (control socket) overtook them (data socket)
+        self._backlog: list[tuple[bool, bytes]] = []
+
+    def put(self, control: bool, record: bytes, bound: int) -> None:
+        """Stand in for the port until the link is up: keep the record. Raises ``MailboxFull``."""
+        if len(self._backlog) >= bound:
+            raise MailboxFull(f"{len(self._backlog)} messages wait for the link to {self.peer}; at most {bound} may")
+        self._backlog.append((control, record))
+
+    @property
+    def has_backlog(self) -> bool:
+        """Records wait for the link to come up."""
+        return bool(self._backlog)
+
+    def open(self, port: Port) -> None:
+        """The link is up: send the backlog."""
+        self.port = port
+        for control, record in self._backlog:
+            port.put(control, record, ANSWER_BOUND)
+        self._backlog.clear()
+
+    def close(self) -> None:
+        """Nothing is sent any more."""
+        self._backlog.clear()
+        if self.port is not None:
+            self.port.close()

@@ -1,0 +1,316 @@
+"""The same actors in one process, on a virtual clock, with a seeded order of events: how races are found.
+
+Owns: every exchange in it, the channels between them, the clock. It plays transport and directory (who is up, who is
+gone); what a message means is left to the exchanges. Each step draws one of the events that could happen next: a
+record arrives, an actor handles a message, a timer fires, a notice about a peer is delivered. Order is kept per sender,
+receiver and socket.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+from ..errors import BusError, DeadlineExceeded, MailboxFull
+from .actor import Actor, Context
+from .addresses import check_name
+from .clock import NS_PER_S, VirtualClock
+from .context import BoundContext
+from .exchange import Exchange
+from .ports import Codec
+from .registry import type_of
+
+__all__ = ["LocalSystem"]
+
+MAX_STEPS_PER_INSTANT = 1_000_000  # two actors that answer each other for ever would stop the clock
+
+Channel = tuple[str, str, bool]  # sender, receiver, is control
+Notice = tuple[Callable[[], bool], Callable[[], None]]  # may it be delivered yet, and what it does
+
+
+class _ByReference:
+    """Codec that passes the message object itself; the "bytes" are its number."""
+
+    def __init__(self) -> None:
+        self._messages: dict[int, object] = {}
+        self._numbers = itertools.count(1)
+
+    def encode(self, value: object) -> bytes:
+        type_of(value)
+        number = next(self._numbers)
+        self._messages[number] = value
+        return number.to_bytes(8, "little")
+
+    def decode(self, type_id: int, body: bytes | memoryview) -> object:
+        return self._messages.pop(int.from_bytes(body, "little"))
+
+
+class _Port:
+    """Puts records into the channel towards one life of one peer."""
+
+    def __init__(self, system: LocalSystem, sender: str, receiver: str, incarnation: int) -> None:
+        self._queues = [system.channel(sender, receiver, control) for control in (False, True)]
+        self._incarnation = incarnation
+        self._receiver = receiver
+        self._is_open = True
+
+    def put(self, control: bool, record: bytes, bound: int) -> None:
+        queue = self._queues[control]
+        if len(queue) >= bound:
+            raise MailboxFull(f"{len(queue)} messages wait to be sent to {self._receiver}; at most {bound} may")
+        if self._is_open:
+            queue.append((self._incarnation, record))
+
+    def close(self) -> None:
+        self._is_open = False
+
+
+class _Seat:
+    """One life of one actor in the system: what drives its exchange."""
+
+    def __init__(
+        self,
+        system: LocalSystem,
+        name: str,
+        incarnation: int,
+        actor: Actor,
+        connect: tuple[str, ...],
+        codec: Codec | None,
+    ) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.connect_to = connect
+        self.notices: deque[Notice] = deque()
+        self.posted: deque[Callable[[], None]] = deque()
+        self.is_alive = True
+        self._system = system
+        self.exchange = Exchange(
+            actor, self, name=name, incarnation=incarnation, clock=system.clock, seed=system.seed, codec=codec
+        )
+        self.context: Context = BoundContext(self.exchange, self)
+        actor.ctx = self.context
+
+    def make_link(self, name: str, incarnation: int) -> None:
+        self._system.link(self, name, incarnation)
+
+    def finish(self) -> None:
+        self._system.stopped(self)
+
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+        if self.is_alive:
+            self.posted.append(callback)
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        raise BusError(f"descriptor {fd} cannot be watched: the in-process system has no descriptors")
+
+    def unwatch(self, fd: int) -> None:
+        raise BusError(f"descriptor {fd} cannot be unwatched: the in-process system has no descriptors")
+
+    def events(self) -> Iterable[Callable[[], object]]:
+        """What could happen next at this seat."""
+        if self.notices and self.notices[0][0]():
+            yield self._notice
+        if self.posted:
+            yield self._run_posted
+        due_ns = self.exchange.timers.next_due_ns()
+        if due_ns is not None and due_ns <= self._system.clock.now_ns():
+            yield self._fire
+        if len(self.exchange.mailbox):
+            yield self._serve
+
+    def _notice(self) -> None:
+        self.notices.popleft()[1]()
+
+    def _run_posted(self) -> None:
+        self.exchange.guard("call_soon_threadsafe", None, self.posted.popleft())
+
+    def _fire(self) -> None:
+        callback = self.exchange.timers.pop_due(self._system.clock.now_ns())
+        assert callback is not None
+        self.exchange.guard("timer", None, callback)
+
+    def _serve(self) -> None:
+        self._system.deliver_control(self)
+        self.exchange.serve()
+
+
+class LocalSystem:
+    """Actors by name, on one virtual clock. Equal seed and equal actors give the same run, event by event.
+
+    ``serialize=False`` passes messages by reference instead of through the codec.
+    """
+
+    def __init__(self, seed: int, *, serialize: bool = True) -> None:
+        self.seed = seed
+        self.clock = VirtualClock()
+        self.counters: Counter[str] = Counter()
+        self._random = random.Random(seed)  # noqa: S311 (repeatable on purpose)
+        self._codec: Codec | None = None if serialize else _ByReference()
+        self._seats: dict[str, _Seat] = {}
+        self._lives: Counter[str] = Counter()
+        self._channels: dict[Channel, deque[tuple[int, bytes]]] = {}
+
+    def spawn(self, name: str, actor: Actor, connect: tuple[str, ...] = ()) -> Context:
+        """Start an actor's next life and run its ``on_start``, whose exception is raised here.
+
+        It is linked to each name in ``connect`` as soon as that is alive, and to each living actor that lists it.
+        """
+        check_name(name)
+        if name in self._seats:
+            raise ValueError(f"{name} is alive already")
+        self._lives[name] += 1
+        seat = self._seats[name] = _Seat(self, name, self._lives[name], actor, connect, self._codec)
+        for other in connect:
+            if other in self._seats:
+                seat.exchange.peers.connect(other, self._seats[other].incarnation)
+        for other_seat in self._seats.values():
+            if name in other_seat.connect_to:
+                other_seat.notices.append((_always, self._connect_notice(other_seat, seat)))
+        try:
+            actor.on_start()
+        except BaseException:
+            self.kill(name, "failed to start")
+            raise
+        return seat.context
+
+    def kill(self, name: str, reason: str) -> None:
+        """End an actor's life at once. Its neighbours hear of it; its last messages arrive before that, or are late."""
+        seat = self._end(name)
+        for other in self._neighbours(seat):
+            other.notices.append((_always, self._down_notice(other, seat, reason)))
+
+    def stopped(self, seat: _Seat) -> None:
+        """A seat's actor stopped by itself: its last messages arrive before the notice."""
+        self._end(seat.name)
+        for other in self._neighbours(seat):
+            queues = [self.channel(seat.name, other.name, control) for control in (False, True)]
+            other.notices.append((lambda queues=queues: not any(queues), self._down_notice(other, seat, "stopped")))  # type: ignore[misc]
+
+    def incarnation(self, name: str) -> int:
+        """The incarnation of a living actor, or 0."""
+        return self._seats[name].incarnation if name in self._seats else 0
+
+    def run_until(self, predicate: Callable[[], bool], limit_s: float = 60.0) -> None:
+        """Run events until ``predicate()`` holds.
+
+        Raises ``DeadlineExceeded`` after ``limit_s`` virtual seconds, naming what is open.
+        """
+        limit_ns = self.clock.now_ns() + int(limit_s * NS_PER_S)
+        steps = 0
+        while not predicate():
+            if self._step():
+                steps += 1
+                if steps > MAX_STEPS_PER_INSTANT:
+                    raise DeadlineExceeded(f"{steps} events and virtual time stands still; open: {self._open_things()}")
+                continue
+            steps = 0
+            due_ns = self._next_due_ns()
+            if due_ns is not None and due_ns <= limit_ns:
+                self.clock.advance_to(due_ns)
+                continue
+            self.clock.advance_to(limit_ns)
+            if not predicate():
+                raise DeadlineExceeded(f"{limit_s:g} virtual seconds passed; open: {self._open_things()}")
+            return
+
+    # Transport.
+
+    def channel(self, sender: str, receiver: str, control: bool) -> deque[tuple[int, bytes]]:
+        """Records on their way, each with the incarnation of the receiver it is meant for."""
+        return self._channels.setdefault((sender, receiver, control), deque())
+
+    def link(self, seat: _Seat, name: str, incarnation: int) -> None:
+        """The seat's exchange wants a link: the other side hears of it, then both are up."""
+
+        def up() -> None:
+            other = self._seats.get(name)
+            if (
+                other is None
+                or other.incarnation != incarnation
+                or not seat.is_alive
+                or other.exchange.peers.refusal(seat.name, seat.incarnation)
+            ):
+                return
+            other.exchange.peers.up(seat.name, seat.incarnation, _Port(self, name, seat.name, seat.incarnation))
+            seat.exchange.peers.up(name, incarnation, _Port(self, seat.name, name, incarnation))
+
+        if name in self._seats:
+            self._seats[name].notices.append((_always, up))
+
+    def deliver_control(self, seat: _Seat) -> None:
+        """Everything that waits on the seat's control channels arrives, as it does at the start of a node's turn."""
+        for (sender, receiver, control), queue in list(self._channels.items()):
+            while queue and control and receiver == seat.name and seat.is_alive:
+                self._deliver(sender, receiver, control)
+
+    def _deliver(self, sender: str, receiver: str, control: bool) -> None:
+        incarnation, record = self._channels[sender, receiver, control].popleft()
+        seat = self._seats.get(receiver)
+        if seat is None or seat.incarnation != incarnation:
+            self.counters["late_frames"] += 1
+        else:
+            seat.exchange.receive(sender, record, control=control)
+
+    def _step(self) -> bool:
+        """Let one drawn event happen; False if none can."""
+        events: list[Callable[[], object]] = [
+            lambda channel=channel: self._deliver(*channel)  # type: ignore[misc]
+            for channel, queue in self._channels.items()
+            if queue
+        ]
+        for seat in self._seats.values():
+            events.extend(seat.events())
+        if not events:
+            return False
+        self._random.choice(events)()
+        return True
+
+    # Directory.
+
+    def _end(self, name: str) -> _Seat:
+        seat = self._seats.pop(name)
+        seat.is_alive = False
+        return seat
+
+    def _neighbours(self, seat: _Seat) -> list[_Seat]:
+        """Living seats that have, or were promised, a link with this one."""
+        return [
+            other
+            for other in self._seats.values()
+            if other.name in seat.exchange.peers.links
+            or seat.name in other.exchange.peers.links
+            or seat.name in other.connect_to
+        ]
+
+    def _connect_notice(self, seat: _Seat, to: _Seat) -> Callable[[], None]:
+        return lambda: seat.exchange.peers.connect(to.name, to.incarnation) if to.is_alive else None
+
+    def _down_notice(self, seat: _Seat, gone: _Seat, reason: str) -> Callable[[], None]:
+        return lambda: seat.exchange.peers.down(gone.name, gone.incarnation, reason)
+
+    # What is open.
+
+    def _next_due_ns(self) -> int | None:
+        return min(
+            (due for seat in self._seats.values() if (due := seat.exchange.timers.next_due_ns()) is not None),
+            default=None,
+        )
+
+    def _open_things(self) -> str:
+        things = []
+        for seat in self._seats.values():
+            exchange = seat.exchange
+            things += [
+                f"{seat.name} waits for {link.peer} ({ask.what})"
+                for link in exchange.peers.links.values()
+                for ask in link.asks.values()
+            ]
+            if len(exchange.mailbox):
+                things.append(f"{seat.name} has {len(exchange.mailbox)} messages to handle")
+        return "; ".join(things) or "nothing"
+
+
+def _always() -> bool:
+    return True

@@ -1,0 +1,85 @@
+"""What a chip is to its owner: four verbs (register, alloc and free, copy, launch), and how to open one.
+
+Owns nothing. No torch at import: ``open_chip`` loads it only for a chip that computes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ..errors import ConfigError
+from .dispatch import Arg, Completion, Dispatch
+from .program import Program, TensorSpec
+
+__all__ = ["CHIP_KINDS", "Chip", "Report", "open_chip"]
+
+CHIP_KINDS = ("cpu", "null")
+"""Kinds ``open_chip`` knows, as in the device name "cpu:0"."""
+
+Report = Callable[[float, float], None]
+"""Told (bytes done, bytes in total) while something long is loaded; called on the thread that called the chip."""
+
+
+class Chip(Protocol):
+    """One device with its own memory. Used from one thread, the one that opened it; commands run in order.
+
+    Everything refused raises ``KernelError`` naming dispatch or resident, argument, what was expected and found, and
+    changes nothing on the chip.
+    """
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory held by residents now, scratch included."""
+        ...
+
+    def register(self, program: Program) -> None:
+        """Make ``program`` known under its digest. Again is harmless. An unknown kind is refused."""
+        ...
+
+    def alloc(self, tensor: TensorSpec, report: Report | None = None) -> None:
+        """Make a tensor of zeros, or a checkpoint's weights, resident. An id in use or not above 0 is refused.
+
+        Raises ``CheckpointError`` if the weights cannot be read or are not those of ``tensor.fingerprint``.
+        """
+        ...
+
+    def free(self, resident: int) -> None:
+        """Forget a resident. An id that is unknown or freed already is refused."""
+        ...
+
+    def copy_to(self, resident: int, value: Arg) -> None:
+        """Overwrite a resident tensor with an array by value of the same dtype and shape. Weights are refused."""
+        ...
+
+    def copy_from(self, resident: int) -> Arg:
+        """A resident tensor by value. Weights are refused."""
+        ...
+
+    def launch(self, dispatch: Dispatch, *, digest: bool = False) -> Completion:
+        """Run a registered program to its end.
+
+        With ``digest``, ``Completion.digests`` holds one blake2b-16 for each OUT or INOUT parameter, in order, over
+        exactly the bytes this dispatch wrote: for a KV cache the rows of its tokens, never the whole cache.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everything. Idempotent; any other verb is refused from then on."""
+        ...
+
+
+def open_chip(device: str, threads: int) -> Chip:
+    """Open "cpu:0" or "null:0"; ``threads`` is how many the chip computes with. Raises ``ConfigError``."""
+    kind, _, index = device.partition(":")
+    if kind not in CHIP_KINDS or not index.isdecimal():
+        raise ConfigError(f"device is {device!r}; it must be one of {', '.join(CHIP_KINDS)}, a colon and a number")
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}; a chip computes with at least 1")
+    if kind == "null":
+        from .null import NullChip
+
+        return NullChip()
+    from .cpu import CpuChip  # imports torch
+
+    return CpuChip(threads)

@@ -1,0 +1,328 @@
+"""A chip that computes nothing: the same programs with known tokens, modelled time and injected faults.
+
+Owns: programs, residents and, instead of tensors, marks of which token each cache slot and each row stands for. It
+checks what a real chip cannot: that every row reads exactly the context it continues. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, KernelError
+from .arguments import check_arguments, check_copy, check_tensor, find_program, find_resident
+from .chips import Report
+from .dispatch import Arg, Completion, Dispatch
+from .program import DTYPE_BYTES, Direction, Program, TensorSpec, nbytes
+from .qwen3.rows import RowPlan, check_rows, plan_rows, split_ragged
+
+__all__ = ["CostTable", "Fault", "NullChip", "null_token"]
+
+_FIRST_TOKEN = 16  # ids below it are special in small tokenizers; a null chip never ends a text by chance
+_WEIGHT = np.uint64(0x9E3779B97F4A7C15)  # odd: its powers tell positions apart modulo 2**64
+
+
+def null_token(last_token: int, position: int, vocab: int) -> int:
+    """The token a null chip chooses after ``last_token`` at ``position``, in a vocabulary of ``vocab`` ids.
+
+    16 + (31 · last_token + 17 · position + 7) mod (vocab − 16): never one of the 16 lowest ids, where small tokenizers
+    keep their special tokens; in a vocabulary of 32 or fewer ids, (31 · last_token + 17 · position + 7) mod vocab.
+    Sampling settings change nothing, but a banned id gives way to the next higher one that is allowed (modulo vocab).
+    """
+    first = _FIRST_TOKEN if vocab > 2 * _FIRST_TOKEN else 0
+    return first + (31 * last_token + 17 * position + 7) % (vocab - first)
+
+
+@attrs.frozen(kw_only=True)
+class CostTable:
+    """Modelled chip time: a launch costs its overhead plus the longer of moving its bytes and doing its arithmetic.
+
+    Defaults are the 2-core Xeon with AMX that the real cpu chip was measured on.
+    """
+
+    launch_ns: int = 20_000
+    bytes_per_s: float = 30e9
+    flop_per_s: float = 2.5e12
+
+    def ns(self, bytes_moved: float, flop: float) -> int:
+        """Nanoseconds of one launch."""
+        return self.launch_ns + int(1e9 * max(bytes_moved / self.bytes_per_s, flop / self.flop_per_s))
+
+
+@attrs.frozen(kw_only=True)
+class Fault:
+    """What goes wrong at the ``dispatch``-th launch of a chip, counted from 1. Checked when made: ``ConfigError``.
+
+    fail: ``KernelError``, nothing written. die: the process ends with exit code 13. hang: the launch does not return
+    until the chip is closed. slow: it takes ``factor`` times its modelled time.
+    """
+
+    dispatch: int
+    kind: str
+    factor: float = 1.0
+
+    def __attrs_post_init__(self) -> None:
+        if self.kind not in ("fail", "die", "hang", "slow") or self.dispatch < 1:
+            raise ConfigError(
+                f"fault {self.kind!r} at dispatch {self.dispatch}: expected fail, die, hang or slow at 1 or later"
+            )
+
+
+class NullChip:
+    """A ``Chip`` without numerics. Deterministic: equal commands give equal completions, times and digests."""
+
+    def __init__(self, faults: Sequence[Fault] = (), cost: CostTable | None = None) -> None:
+        self._faults = {fault.dispatch: fault for fault in faults}
+        self._cost = cost or CostTable()
+        self._programs: dict[bytes, Program] = {}
+        self._residents: dict[int, TensorSpec] = {}
+        self._values: dict[int, Arg] = {}  # what copy_to left; programs neither read nor change it
+        self._marks: dict[int, dict[str, NDArray[Any]]] = {}
+        self._launches = 0
+        self._closed = threading.Event()
+
+    @property
+    def resident_bytes(self) -> int:
+        """What a real chip would hold, without weights: they are not read."""
+        return sum(nbytes(tensor.dtype, tensor.shape) for tensor in self._residents.values() if not tensor.source)
+
+    def register(self, program: Program) -> None:
+        """See ``Chip.register``."""
+        self._check_open()
+        if program.kind not in _KINDS:
+            raise KernelError(f"program {program.name} is of kind {program.kind!r}; known are {', '.join(_KINDS)}")
+        self._programs[program.digest] = program
+
+    def alloc(self, tensor: TensorSpec, report: Report | None = None) -> None:
+        """See ``Chip.alloc``; weights are not read."""
+        self._check_open()
+        check_tensor(tensor, self._residents)
+        self._residents[tensor.resident] = tensor
+        if tensor.source and report is not None:
+            report(1.0, 1.0)
+
+    def free(self, resident: int) -> None:
+        """See ``Chip.free``."""
+        self._check_open()
+        find_resident(self._residents, resident)
+        del self._residents[resident]
+        self._values.pop(resident, None)
+        self._marks.pop(resident, None)
+
+    def copy_to(self, resident: int, value: Arg) -> None:
+        """See ``Chip.copy_to``; kept for ``copy_from``, invisible to programs."""
+        self._check_open()
+        check_copy(find_resident(self._residents, resident), value)
+        self._values[resident] = value
+
+    def copy_from(self, resident: int) -> Arg:
+        """See ``Chip.copy_from``: what ``copy_to`` left, else zeros."""
+        self._check_open()
+        tensor = find_resident(self._residents, resident)
+        check_copy(tensor, None)
+        zeros = Arg(dtype=tensor.dtype, shape=tensor.shape, data=bytes(nbytes(tensor.dtype, tensor.shape)))
+        return self._values.get(resident, zeros)
+
+    def launch(self, dispatch: Dispatch, *, digest: bool = False) -> Completion:
+        """See ``Chip.launch``; ``device_ns`` is modelled, digests are over tokens and places instead of numbers."""
+        self._check_open()
+        program = find_program(self._programs, dispatch)
+        check_arguments(program, dispatch, self._residents)
+        self._launches += 1
+        fault = self._faults.get(self._launches)
+        if fault is not None:
+            self._fail(fault, f"dispatch {dispatch.dispatch_id} of {program.name}")
+        run = _Run(self, program, dispatch)
+        bytes_moved, flop = _KINDS[program.kind](run)
+        slower = fault.factor if fault is not None and fault.kind == "slow" else 1.0
+        return Completion(
+            dispatch_id=dispatch.dispatch_id,
+            outputs=tuple(run.outputs),
+            device_ns=int(self._cost.ns(bytes_moved, flop) * slower),
+            digests=run.digests() if digest else (),
+        )
+
+    def close(self) -> None:
+        """See ``Chip.close``; also ends a launch that hangs, from any thread."""
+        self._closed.set()
+        self._residents.clear()
+        self._programs.clear()
+        self._values.clear()
+        self._marks.clear()
+
+    def marks(self, resident: int, create: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        """What stands for the contents of a resident; made at first use, when its part in a program is known."""
+        if resident not in self._marks:
+            self._marks[resident] = create()
+        return self._marks[resident]
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise KernelError("the chip is closed")
+
+    def _fail(self, fault: Fault, where: str) -> None:
+        if fault.kind == "fail":
+            raise KernelError(f"{where}: injected fault at launch {fault.dispatch}")
+        if fault.kind == "die":
+            os._exit(13)
+        if fault.kind == "hang":
+            self._closed.wait()
+            raise KernelError(f"{where}: the chip was closed while it hung")
+
+
+class _Run:
+    """One launch on a null chip: its arguments by name, what it writes, and digests of that."""
+
+    def __init__(self, chip: NullChip, program: Program, dispatch: Dispatch) -> None:
+        self.chip = chip
+        self.program = program
+        self.where = f"dispatch {dispatch.dispatch_id} of {program.name}"
+        self.static: Mapping[str, Any] = dict(program.static)
+        self.args = {param.name: arg for param, arg in zip(program.params, dispatch.args, strict=True)}
+        self.outputs: list[Arg] = []
+        self._written: dict[str, bytes] = {}
+
+    def array(self, name: str) -> NDArray[Any]:
+        return self.args[name].numpy()
+
+    def slots(self, name: str) -> dict[str, NDArray[Any]]:
+        """Marks of a KV cache: the token in each slot (-1: none) and the sum over the context that ends there."""
+        count = self.static["num_pages"] * self.static["page_size"]
+        return self.chip.marks(
+            self.args[name].resident,
+            lambda: {"token": np.full(count, -1, np.int64), "context": np.zeros(count, np.uint64)},
+        )
+
+    def rows(self, name: str) -> NDArray[Any]:
+        """Marks of a row buffer: (token, position) of each row, -1 if it was never written."""
+        count = self.static["max_num_seqs"]
+        return self.chip.marks(self.args[name].resident, lambda: {"row": np.full((count, 2), -1, np.int64)})["row"]
+
+    def wrote(self, name: str, content: NDArray[Any]) -> None:
+        self._written[name] = content.tobytes()
+
+    def give(self, name: str, array: NDArray[Any]) -> None:
+        self.outputs.append(Arg.of(array))
+        self.wrote(name, array)
+
+    def digests(self) -> tuple[bytes, ...]:
+        return tuple(
+            hashlib.blake2b(self._written[param.name], digest_size=16).digest()
+            for param in self.program.params
+            if param.direction is not Direction.IN
+        )
+
+    def layer_parameters(self) -> int:
+        """Parameters of all layers, without embedding and norms."""
+        s = self.static
+        attention = s["hidden_size"] * s["head_dim"] * 2 * (s["num_heads"] + s["num_kv_heads"])
+        return int(s["num_layers"] * (attention + 3 * s["hidden_size"] * s["intermediate_size"]))
+
+
+def _forward(run: _Run, plan: RowPlan) -> tuple[float, float]:
+    """Check that each row continues what its pages hold, then leave marks of its tokens. Returns bytes and flop."""
+    page_size, tables = run.static["page_size"], plan.tables.astype(np.int64)
+    powers = np.cumprod(np.full(max(plan.ends), _WEIGHT, np.uint64))
+    k_cache, v_cache, hidden = run.slots("k_cache"), run.slots("v_cache"), run.rows("hidden")
+    before = []
+    for row, start in enumerate(plan.starts):
+        positions = np.arange(start)
+        slots = tables[row, positions // page_size] * page_size + positions % page_size
+        expected = np.cumsum((k_cache["token"][slots] + 1).astype(np.uint64) * powers[:start])
+        is_wrong = (k_cache["token"][slots] < 0) | (k_cache["context"][slots] != expected)
+        if is_wrong.any():
+            at = int(is_wrong.argmax())
+            raise KernelError(
+                f"{run.where}: row {row} reads position {at} from page {slots[at] // page_size}, offset"
+                f" {at % page_size}, which holds no token of its context"
+            )
+        before.append(expected[-1] if start else np.uint64(0))
+    for row, (start, end) in enumerate(zip(plan.starts, plan.ends, strict=True)):
+        mine = slice(plan.offsets[row], plan.offsets[row + 1])
+        tokens = plan.tokens[mine].astype(np.int64)
+        context = before[row] + np.cumsum((tokens + 1).astype(np.uint64) * powers[start:end])
+        for cache in (k_cache, v_cache):
+            cache["token"][plan.slots[mine]] = tokens
+            cache["context"][plan.slots[mine]] = context
+        if plan.rows[row] >= 0:
+            hidden[plan.rows[row]] = tokens[-1], end - 1
+    written = np.stack([plan.tokens, plan.positions, plan.slots])
+    run.wrote("k_cache", written)
+    run.wrote("v_cache", written)
+    run.wrote("hidden", hidden[[row for row in plan.rows if row >= 0]])
+    parameters, item = run.layer_parameters(), DTYPE_BYTES[run.static["dtype"]]
+    token_bytes = 2 * run.static["num_layers"] * run.static["num_kv_heads"] * run.static["head_dim"] * item
+    return parameters * item + token_bytes * sum(plan.ends), 2.0 * parameters * len(plan.tokens)
+
+
+def _prefill(run: _Run) -> tuple[float, float]:
+    names = ("tokens", "starts", "lengths", "block_tables", "rows")
+    return _forward(run, plan_rows(run.where, run.static, *(run.array(name) for name in names)))
+
+
+def _decode(run: _Run) -> tuple[float, float]:
+    tokens, positions, tables, rows = (run.array(name) for name in ("tokens", "positions", "block_tables", "rows"))
+    return _forward(run, plan_rows(run.where, run.static, tokens, positions, np.ones_like(tokens), tables, rows))
+
+
+def _read_rows(run: _Run, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Row numbers and marks; a row nothing was written to is a fault of the caller that a real chip cannot see."""
+    rows = check_rows(run.where, run.static, run.array("rows"))
+    marks = run.rows(name)[rows]
+    if (marks < 0).any():
+        raise KernelError(f"{run.where}: row {rows[int((marks < 0).any(axis=1).argmax())]} of {name} was never written")
+    return rows, marks
+
+
+def _pass_rows(run: _Run, source: str, target: str) -> int:
+    rows, marks = _read_rows(run, source)
+    run.rows(target)[rows] = marks
+    run.wrote(target, marks)
+    return len(rows)
+
+
+def _final_norm(run: _Run) -> tuple[float, float]:
+    count = _pass_rows(run, "hidden", "normed")
+    return 2.0 * count * run.static["hidden_size"] * DTYPE_BYTES[run.static["dtype"]], 0.0
+
+
+def _lm_head(run: _Run) -> tuple[float, float]:
+    count = _pass_rows(run, "normed", "logits")
+    size = run.static["vocab_size"] * run.static["hidden_size"]
+    return float(size * DTYPE_BYTES[run.static["dtype"]]), 2.0 * size * count
+
+
+def _sample(run: _Run) -> tuple[float, float]:
+    rows, marks = _read_rows(run, "logits")
+    vocab, widest = run.static["vocab_size"], run.args["top_ids"].shape[1]
+    split_ragged(run.where, "history", run.array("history"), run.array("history_ends"), vocab)
+    banned = split_ragged(run.where, "banned", run.array("banned"), run.array("banned_ends"), vocab)
+    tokens = []
+    for (last_token, position), ids in zip(marks.tolist(), banned, strict=True):
+        refused, token = set(ids.tolist()), null_token(last_token, position, vocab)
+        while token in refused and len(refused) < vocab:
+            token = (token + 1) % vocab
+        tokens.append(token)
+    chosen = np.array(tokens, np.int32)
+    ranks = np.arange(widest, dtype=np.int32)
+    run.give("token_ids", chosen)
+    run.give("logprobs", np.full(len(rows), -0.5, np.float32))
+    run.give("top_ids", (chosen[:, None] + ranks) % vocab)
+    run.give("top_logprobs", np.broadcast_to(-0.5 - ranks.astype(np.float32), (len(rows), widest)))
+    return 4.0 * len(rows) * vocab, 0.0
+
+
+_KINDS: Mapping[str, Callable[[_Run], tuple[float, float]]] = {
+    "qwen3.prefill": _prefill,
+    "qwen3.decode": _decode,
+    "qwen3.final_norm": _final_norm,
+    "qwen3.lm_head": _lm_head,
+    "qwen3.sample": _sample,
+}

@@ -1,0 +1,125 @@
+"""Load a checkpoint's weights the way the cpu chip computes with them.
+
+Owns nothing: returns tensors. Files are memory-mapped by safetensors, so what keeps its dtype and layout (the
+embedding) is shared with every other process through the page cache; matrices are packed into oneDNN's own layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .checkpoint import read_tensors
+from .chips import Report
+from .program import TensorSpec
+from .qwen3.model import ModelSpec
+
+__all__ = ["can_pack", "interleave_halves", "load_weights", "pack"]
+
+# Rows per call oneDNN is asked to choose its layout for. Measured from 1 to 2048 rows: 256 is as fast as any other up
+# to 1024, while layouts chosen for 16 or fewer are reordered again in every call of 2048 (2 × slower).
+_PACK_ROWS = 256
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this machine's oneDNN takes packed weights of ``dtype``."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(weight: Tensor) -> Tensor:
+    """(out, in) matrix in oneDNN's layout where ``can_pack``, else contiguous. Only ``linear`` reads it."""
+    if can_pack(weight.dtype):
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+        return packed
+    return weight.contiguous()
+
+
+def interleave_halves(tensor: Tensor, head_dim: int) -> Tensor:
+    """Reorder each head's dims 0, 1, … to 0, d/2, 1, d/2 + 1, …: the pairs rotary embedding turns become neighbours.
+
+    Done to the output rows of the query and key projections, to their biases and to both head norms, it changes no
+    query·key product, and lets the rotation be one complex multiplication. tensor: (heads × head_dim, …).
+    """
+    pairs = tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def load_weights(tensor: TensorSpec, report: Report | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """Weights of the checkpoint ``tensor.source`` in ``tensor.dtype`` under the names ``trace_forward`` binds.
+
+    Raises ``CheckpointError`` if the directory changed since ``tensor.fingerprint`` was taken.
+    """
+    spec = ModelSpec.from_directory(tensor.source, tensor.dtype)
+    if tensor.fingerprint not in ("", spec.fingerprint):
+        raise CheckpointError(
+            f"{tensor.source} has fingerprint {spec.fingerprint[:12]}; expected {tensor.fingerprint[:12]}: its files"
+            " are not those the programs were made for"
+        )
+    total, done = float(spec.weights_bytes), 0.0
+    weights: dict[str, Tensor] = {}
+    with ExitStack() as opened:
+        source = _Source(spec, opened)
+        for name, value in _arranged(spec, source):
+            weights[name] = value
+            if report is not None and source.bytes_read > done:
+                done = float(source.bytes_read)
+                report(min(done, total), total)
+    if report is not None:
+        report(total, total)
+    return spec, weights
+
+
+class _Source:
+    """Stored tensors by name, converted to the compute dtype."""
+
+    def __init__(self, spec: ModelSpec, opened: ExitStack) -> None:
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._stored = read_tensors(Path(spec.path))
+        self._files: Mapping[str, Any] = {
+            str(file): opened.enter_context(safe_open(file, framework="pt"))
+            for file in {stored.file for stored in self._stored.values()}
+        }
+        self.bytes_read = 0
+
+    def __call__(self, name: str) -> Tensor:
+        raw: Tensor = self._files[str(self._stored[name].file)].get_tensor(name)
+        value = raw.to(self._dtype)
+        self.bytes_read += value.nbytes
+        return value
+
+
+def _arranged(spec: ModelSpec, source: _Source) -> Iterator[tuple[str, Tensor]]:
+    dim = spec.head_dim
+    embed = source("model.embed_tokens.weight")
+    yield "embed", embed
+    for layer in range(spec.num_layers):
+        theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
+
+        def projection(kind: str, theirs: str = theirs) -> Tensor:
+            q, k, v = (source(f"{theirs}self_attn.{name}_proj.{kind}") for name in "qkv")
+            return torch.cat([interleave_halves(q, dim), interleave_halves(k, dim), v])
+
+        yield ours + "input_norm", source(theirs + "input_layernorm.weight").float()
+        yield ours + "qkv", pack(projection("weight"))
+        if spec.attention_bias:
+            yield ours + "qkv_bias", projection("bias")
+            yield ours + "o_bias", source(theirs + "self_attn.o_proj.bias").clone()
+        q_norm, k_norm = (
+            interleave_halves(source(f"{theirs}self_attn.{name}_norm.weight").float(), dim) for name in "qk"
+        )
+        yield ours + "qk_norm", torch.cat([q_norm.expand(spec.num_heads, dim), k_norm.expand(spec.num_kv_heads, dim)])
+        yield ours + "o", pack(source(theirs + "self_attn.o_proj.weight"))
+        yield ours + "post_norm", source(theirs + "post_attention_layernorm.weight").float()
+        for name in ("gate", "up", "down"):
+            yield ours + name, pack(source(f"{theirs}mlp.{name}_proj.weight"))
+    yield "final_norm", source("model.norm.weight").float()
+    yield "lm_head", pack(embed if spec.tie_word_embeddings else source("lm_head.weight"))

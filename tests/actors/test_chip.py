@@ -1,0 +1,109 @@
+"""Chip worker: its compute thread alone uses the chip, in order of arrival."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from chipbus.actors.chip import ChipActor, ThreadCompute
+from chipbus.actors.messages.launching import Done, RegisterProgram
+from chipbus.bus import Ready
+from chipbus.errors import ChipbusError, KernelError
+from chipbus.kernels.qwen3.model import ModelSpec
+from chipbus.kernels.qwen3.step import Limits, ModelPrograms
+
+DEMO = Path(__file__).resolve().parents[2] / "chipbus" / "demo"
+
+
+class Heard:
+    """The bus thread of a test: callbacks posted to it are kept until they are asked for."""
+
+    def __init__(self) -> None:
+        self.posted: list[object] = []
+        self.some = threading.Semaphore(0)
+
+    def post(self, callback: object) -> None:
+        self.posted.append(callback)
+        self.some.release()
+
+    def wait(self, count: int) -> None:
+        for _ in range(count):
+            assert self.some.acquire(timeout=10)
+
+
+class DelayedBus:
+    """A context whose bus thread hears of nothing until the test lets it."""
+
+    def __init__(self, heard: Heard) -> None:
+        self.call_soon_threadsafe = heard.post
+        self.ledger = None
+        self.told: list[object] = []
+
+    def tell(self, _to: str, message: object) -> None:
+        self.told.append(message)
+
+
+class Answers:
+    """The reply port of a command."""
+
+    trace_id = bytes(16)
+
+    def __init__(self) -> None:
+        self.replies: list[object] = []
+        self.errors: list[ChipbusError] = []
+        self.reply, self.fail = self.replies.append, self.errors.append
+
+
+def test_a_command_that_arrives_before_the_chip_is_known_to_be_open_is_carried_out() -> None:
+    """The compute thread may run it before the bus thread hears that the chip was opened (seen on a busy machine)."""
+    heard, answers = Heard(), Answers()
+    actor = ChipActor({"device": "null:0", "threads": 1})
+    bus = DelayedBus(heard)
+    actor.ctx = bus  # type: ignore[assignment]
+    limits = Limits(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=8, page_size=4, num_pages=2)
+    program = ModelPrograms.build(ModelSpec.from_directory(DEMO), limits).decode
+
+    actor.on_start()
+    actor._register(RegisterProgram(program), answers)  # type: ignore[arg-type]
+    heard.wait(2)
+    assert actor._compute is not None
+    actor._compute.close(lambda: None)
+    heard.wait(1)
+    for callback in heard.posted:
+        callback()  # type: ignore[operator]
+
+    assert answers.errors == []
+    assert [type(reply) for reply in answers.replies] == [Done]
+    assert [type(message) for message in bus.told] == [Ready]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (ZeroDivisionError("by zero"), KernelError, "ZeroDivisionError"),
+        (ChipbusError("as it is"), ChipbusError, "as it is"),
+    ],
+)
+def test_what_a_job_raises_is_reported_as_a_typed_error_and_the_next_job_runs(
+    raised: Exception, expected: type[Exception], words: str
+) -> None:
+    heard = Heard()
+    outcomes: list[tuple[object, ChipbusError | None]] = []
+    compute = ThreadCompute(heard.post)
+
+    def fail() -> None:
+        raise raised
+
+    compute.submit(fail, lambda value, error: outcomes.append((value, error)))
+    compute.submit(lambda: 7, lambda value, error: outcomes.append((value, error)))
+    heard.wait(2)
+    compute.close(lambda: None)
+    heard.wait(1)
+    for callback in heard.posted:
+        callback()  # type: ignore[operator]
+
+    assert isinstance(outcomes[0][1], expected)
+    assert words in str(outcomes[0][1])
+    assert outcomes[1] == (7, None)

@@ -1,0 +1,192 @@
+"""Replica core and chip worker on null chips, in one process on a virtual clock, in every order that may happen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_actors import Answer, Asker, Supervisor
+
+from chipbus.actors.chip import ChipActor
+from chipbus.actors.replica import ReplicaActor
+from chipbus.bus import LocalSystem
+from chipbus.errors import Aborted, ContextTooLong, KernelError, Overloaded, RequestInvalid, WorkerDied
+from chipbus.kernels.chips import Chip
+from chipbus.kernels.null import Fault, NullChip, null_token
+
+DEMO = Path(__file__).resolve().parents[2] / "chipbus" / "demo"
+VOCAB = 1024  # of the demo model
+
+
+class FaultyChip(ChipActor):
+    """A chip worker on a null chip that goes wrong as told."""
+
+    def __init__(self, *faults: Fault) -> None:
+        super().__init__({"device": "null:0", "threads": 1, "inline": True})
+        self._faults = faults
+
+    def open_chip(self) -> Chip:
+        return NullChip(self._faults)
+
+
+class Replica:
+    """One replica group with somebody who asks it."""
+
+    def __init__(self, seed: int, *faults: Fault, **limits: int) -> None:
+        sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64, "page_size": 4, "num_pages": 40}
+        self.system = LocalSystem(seed)
+        self.asker = Asker("replica.0")
+        self.core = ReplicaActor(
+            {
+                "replica": 0,
+                "dp_rank": 0,
+                "chip": "chip.0.0",
+                "model_dir": str(DEMO),
+                "dtype": "bfloat16",
+                "limits": {**sizes, **limits},
+                "prefill_chunk_tokens": 8,
+                "max_waiting": 6,
+                "load_timeout_s": 10.0,
+                "step_timeout_s": 10.0,
+            }
+        )
+        self.supervisor = Supervisor()
+        self.system.spawn("supervisor", self.supervisor)
+        self.system.spawn("router", self.asker, connect=("supervisor",))
+        self.system.spawn("replica.0", self.core, connect=("router", "supervisor"))
+        self.start_chip(*faults)
+        self.system.run_until(lambda: "replica.0" in self.asker.ctx.peers())
+
+    def start_chip(self, *faults: Fault) -> None:
+        self.system.spawn("chip.0.0", FaultyChip(*faults), connect=("replica.0", "supervisor"))
+
+    def finish(self) -> None:
+        """Run until every ask has ended; then nothing of any request is held."""
+        self.system.run_until(lambda: all(answer.is_over for answer in self.asker.answers), limit_s=1000)
+        self.system.run_until(lambda: self.core._step is None, limit_s=100)
+        scheduler = self.core._scheduler
+        scheduler.check_integrity()
+        assert scheduler.pages_free == scheduler.pages_total
+        assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+        assert not self.core._serving
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for position in range(len(prompt) - 1, len(prompt) - 1 + count):
+        tokens.append(null_token(tokens[-1], position, VOCAB))
+    return tokens[len(prompt) :]
+
+
+def ask(replica: Replica, *prompts: list[int], **params: Any) -> list[Answer]:
+    params = {"max_tokens": 10, "ignore_eos": True, "temperature": 0, **params}
+    return [replica.asker.submit(prompt, **params) for prompt in prompts]
+
+
+@pytest.mark.guarantee("R40")
+@settings(deadline=None, max_examples=25, print_blob=True)
+@given(
+    seed=st.integers(0, 2**16),
+    prompts=st.lists(st.lists(st.integers(16, VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=6),
+    num_pages=st.integers(16, 40),
+)
+def test_tokens_do_not_depend_on_what_shares_the_replica(seed: int, prompts: list[list[int]], num_pages: int) -> None:
+    replica = Replica(seed, num_pages=num_pages)
+
+    answers = ask(replica, *prompts)
+    replica.finish()
+
+    assert [answer.tokens for answer in answers] == [expected(prompt, 10) for prompt in prompts]
+    assert all(answer.ends == 1 and answer.reply.finish_reason == "length" for answer in answers)
+
+
+@pytest.mark.guarantee("R41")
+@settings(deadline=None, max_examples=25, print_blob=True)
+@given(seed=st.integers(0, 2**16), after_tokens=st.integers(0, 25))
+def test_a_dead_chip_costs_no_token(seed: int, after_tokens: int) -> None:
+    replica = Replica(seed)
+    prompts = [[20, 21, 22], list(range(30, 50)), [60]]
+    answers = ask(replica, *prompts)
+    replica.system.run_until(lambda: sum(len(answer.tokens) for answer in answers) >= after_tokens)
+
+    replica.system.kill("chip.0.0", "signal 9 (SIGKILL)")
+    replica.start_chip()
+    replica.finish()
+
+    assert [answer.tokens for answer in answers] == [expected(prompt, 10) for prompt in prompts]
+    assert all(answer.error is None for answer in answers)
+
+
+@pytest.mark.guarantee("R42")
+def test_a_request_on_the_chip_at_two_deaths_is_refused_and_the_others_go_on() -> None:
+    replica = Replica(7, max_num_seqs=1)
+    [poison, innocent] = ask(replica, [20, 21], [22, 23])
+    for life in (1, 2):
+        replica.system.run_until(lambda n=life: replica.core.ctx.peers().get("chip.0.0") == n and replica.core._step)
+        replica.system.kill("chip.0.0", "signal 11 (SIGSEGV)")
+        replica.start_chip()
+    replica.finish()
+
+    assert isinstance(poison.error, WorkerDied)
+    assert "signal 11 (SIGSEGV)" in str(poison.error)
+    assert innocent.tokens == expected([22, 23], 10)
+    assert innocent.reply.attempt == 1
+
+
+@pytest.mark.guarantee("R43")
+def test_a_failed_dispatch_fails_its_requests_and_no_others() -> None:
+    replica = Replica(3, Fault(dispatch=6, kind="fail"), max_num_seqs=1)
+
+    [failing, fine] = ask(replica, [20, 21], [22, 23])
+    replica.finish()
+
+    assert isinstance(failing.error, KernelError)
+    assert fine.tokens == expected([22, 23], 10)
+
+
+def test_a_cancelled_request_gives_its_pages_back_at_once() -> None:
+    replica = Replica(5)
+    [cancelled, other] = ask(replica, [20, 21], [22, 23])
+    replica.system.run_until(lambda: len(cancelled.tokens) >= 2)
+
+    replica.asker.cancel(cancelled)
+    cancelled.is_cancelled = True
+    replica.finish()
+
+    assert other.tokens == expected([22, 23], 10)
+    assert not isinstance(cancelled.error, Aborted)
+    assert len(cancelled.tokens) < 10
+
+
+def test_refusals_are_typed_and_keep_nothing() -> None:
+    replica = Replica(1)
+
+    answers = ask(replica, [], [VOCAB], [20] * 64, *([[20]] * 8))
+    replica.finish()
+
+    assert isinstance(answers[0].error, RequestInvalid)
+    assert str(VOCAB) in str(answers[1].error)
+    assert isinstance(answers[2].error, ContextTooLong)
+    assert any(isinstance(answer.error, Overloaded) for answer in answers[3:])
+
+
+def test_the_core_reports_ready_only_when_its_chip_can_serve() -> None:
+    replica = Replica(2)
+    assert replica.core._is_chip_ready or not replica.core._is_reported_ready
+
+    replica.system.run_until(lambda: replica.core._is_reported_ready)
+
+    assert replica.core._is_chip_ready
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    def run(seed: int) -> tuple[int, list[float]]:
+        replica = Replica(seed)
+        answers = ask(replica, [20, 21, 22], list(range(30, 50)), [60])
+        replica.finish()
+        return replica.system.clock.now_ns(), [answer.reply.queued_s + answer.reply.decode_s for answer in answers]
+
+    assert run(11) == run(11)

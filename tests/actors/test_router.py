@@ -1,0 +1,390 @@
+"""Router: the load ledger against sums, and the actor among scripted replicas in every order that may happen."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_actors import Answer, Asker, ScriptedReplica, Supervisor, counting, pass_time
+
+from chipbus.actors.messages.routing import Routed
+from chipbus.actors.messages.serving import Submit
+from chipbus.actors.messages.tree import GroupLost
+from chipbus.actors.router import RouterActor
+from chipbus.actors.router_policy import LoadLedger, Target
+from chipbus.bus import Actor, Call, LocalSystem, handles
+from chipbus.errors import ChipbusError, ConfigError, DeadlineExceeded, Overloaded, RestartLimit, WorkerDied
+
+TARGETS = [Target(n, n) for n in range(3)]
+
+
+def test_the_least_loaded_target_is_chosen_and_ties_rotate():
+    ledger = LoadLedger(TARGETS)
+    chosen = []
+    for key in range(6):
+        target = ledger.choose(TARGETS)
+        chosen.append(target.replica)
+        ledger.reserve(key, target, 10, 10)
+    assert chosen == [0, 1, 2, 0, 1, 2]
+    ledger.release(1)
+    assert ledger.choose(TARGETS) == TARGETS[1]
+    assert ledger.choose([TARGETS[0], TARGETS[2]]) in (TARGETS[0], TARGETS[2])
+    assert ledger.choose([]) is None
+
+
+def test_ties_rotate_also_when_nothing_is_under_way():
+    ledger = LoadLedger(TARGETS)
+    assert [ledger.choose(TARGETS).replica for _ in range(4)] == [0, 1, 2, 0]
+
+
+def test_of_equally_loaded_targets_the_one_with_fewer_requests_is_chosen():
+    ledger = LoadLedger(TARGETS[:2])
+    ledger.reserve(1, TARGETS[0], 10, 0)
+    ledger.reserve(2, TARGETS[0], 10, 0)
+    ledger.reserve(3, TARGETS[1], 20, 0)
+    assert [ledger.choose(TARGETS[:2]).replica for _ in range(3)] == [1, 1, 1]
+
+
+def test_load_falls_by_the_prompt_at_the_first_token_and_by_one_for_each_token():
+    ledger = LoadLedger(TARGETS)
+    ledger.reserve(1, TARGETS[0], 100, 5)
+    loads = [ledger.load(TARGETS[0])]
+    for tokens in (0, 1, 2, 9):
+        ledger.generated(1, tokens)
+        loads.append(ledger.load(TARGETS[0]))
+    assert loads == [105, 105, 4, 2, 0]
+    ledger.release(1)
+    assert ledger.load(TARGETS[0]) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 50), st.integers(0, 20))))
+@settings(max_examples=150, deadline=None, print_blob=True)
+def test_every_load_is_the_sum_of_its_requests_whatever_happens(moves):
+    ledger = LoadLedger(TARGETS)
+    open_requests: dict[int, tuple[Target, int, int]] = {}
+    for kind, key, a, b in moves:
+        if kind == 0 and key not in open_requests:
+            target = ledger.choose(TARGETS)
+            loads = {t: sum(p + o for u, p, o in open_requests.values() if u == t) for t in TARGETS}
+            assert loads[target] == min(loads.values())
+            ledger.reserve(key, target, a, b)
+            open_requests[key] = (target, a, b)
+        elif kind == 1 and key in open_requests:
+            target, prompt, output = open_requests[key]
+            ledger.generated(key, b)
+            open_requests[key] = (target, 0 if b else prompt, max(output - b, 0))
+        elif kind == 2 and key in open_requests:
+            ledger.release(key)
+            del open_requests[key]
+        ledger.check_integrity()
+        for target in TARGETS:
+            assert ledger.load(target) == sum(p + o for t, p, o in open_requests.values() if t == target)
+
+
+class House:
+    """One client, a router, and scripted replicas."""
+
+    def __init__(self, replicas: int = 1, seed: int = 0, max_waiting: int = 100, **scripted: object) -> None:
+        self.system = LocalSystem(seed)
+        self.scripted = scripted
+        self.names = [f"replica.{n}" for n in range(replicas)]
+        self.max_waiting = max_waiting
+        self.supervisor = Supervisor()
+        self.replicas: dict[str, ScriptedReplica] = {}
+        self.gone: list[ScriptedReplica] = []
+        self.clients: list[Asker] = []
+        self.system.spawn("supervisor", self.supervisor)
+        self.start_client()
+        self.start_router()
+
+    def start_client(self) -> None:
+        self.client = Asker("router")
+        self.clients.append(self.client)
+        self.system.spawn("tokenizer.0", self.client, connect=("supervisor",))
+
+    def start_router(self) -> None:
+        self.router = RouterActor({"replicas": self.names, "max_waiting": self.max_waiting})
+        self.system.spawn("router", self.router, connect=("supervisor", "tokenizer.0"))
+        self.run(lambda: "tokenizer.0" in self.router.ctx.peers())
+
+    def start_replicas(self) -> None:
+        for name in self.names:
+            self.start_replica(name)
+
+    def start_replica(self, name: str) -> None:
+        replica = self.replicas[name] = ScriptedReplica(int(name.split(".")[1]), **self.scripted)  # type: ignore[arg-type]
+        self.system.spawn(name, replica, connect=("supervisor", "router"))
+        self.run(lambda: "router" in replica.ctx.peers() or "router" not in self.alive())
+
+    def alive(self) -> set[str]:
+        return {name for name in ["router", "tokenizer.0", *self.names] if self.system.incarnation(name)}
+
+    def kill(self, name: str) -> None:
+        self.system.kill(name, "signal 9 (SIGKILL)")
+
+    def run(self, until, limit_s: float = 1e6) -> None:
+        """Run; the router's books are checked between any two events."""
+
+        def done() -> bool:
+            self.router.check_integrity()
+            return until()
+
+        self.system.run_until(done, limit_s)
+
+    def finish(self) -> None:
+        self.run(lambda: all(answer.is_over for answer in self.client.answers))
+
+    def settle(self) -> None:
+        """Nothing is under way any more, anywhere."""
+        self.run(lambda: not any(self.router.load().values()) and not any(r.open for r in self.replicas.values()))
+
+
+def submit(house: House, prompt: list[int] | None = None, **params: object) -> Answer:
+    return house.client.submit(prompt or [1, 2, 3], **params)
+
+
+@pytest.mark.guarantee("R20")
+def test_a_request_passes_through_with_one_replica_and_its_end_names_the_replica():
+    house = House()
+    house.start_replicas()
+    answer = submit(house, max_tokens=7)
+    house.finish()
+    assert answer.items[0] == Routed(replica=0, dp_rank=0)
+    assert answer.tokens == counting(answer.message)
+    assert (answer.reply.replica, answer.reply.dp_rank, answer.reply.queued_s) == (0, 0, 0.25)
+    house.settle()
+
+
+def test_the_router_tells_the_supervisor_that_it_is_ready():
+    house = House()
+    house.run(lambda: house.supervisor.ready == ["router"])
+
+
+@pytest.mark.guarantee("R21")
+def test_requests_go_to_the_replica_with_the_fewest_pending_tokens():
+    house = House(replicas=2, pause_s=100.0)
+    house.start_replicas()
+    long = submit(house, [1] * 50, max_tokens=100)
+    house.run(lambda: any("r0" in replica.seen for replica in house.replicas.values()))
+    busy = next(name for name, replica in house.replicas.items() if "r0" in replica.seen)
+    short = [submit(house, [2], max_tokens=2) for _ in range(5)]
+    house.run(lambda: all(answer.items for answer in short))
+    assert {answer.items[0].replica for answer in short} == {1 - int(busy[-1])}
+    house.finish()
+    assert long.reply.replica == int(busy[-1])
+    house.settle()
+
+
+def test_load_is_exact_while_tokens_flow():
+    house = House(pause_s=50.0)
+    house.start_replicas()
+    answer = submit(house, [1, 2, 3], max_tokens=40)
+    seen = set()
+
+    def ended() -> bool:
+        load = house.router.load()["replica.0"]
+        seen.add(load)
+        return answer.is_over
+
+    house.run(ended)
+    assert {43, 0} <= seen <= {43, *range(41)}
+    assert len(seen) > 10
+
+
+@pytest.mark.guarantee("R22")
+def test_a_cancel_reaches_the_replica_and_frees_the_load():
+    house = House(pause_s=100.0)
+    house.start_replicas()
+    answer = submit(house)
+    house.run(lambda: len(answer.items) > 1)
+    house.client.cancel(answer)
+    house.settle()
+    assert house.replicas["replica.0"].cancelled == [("r0", "its caller cancelled it")]
+
+
+def test_the_death_of_the_caller_is_a_cancel():
+    house = House(pause_s=100.0)
+    house.start_replicas()
+    submit(house)
+    house.run(lambda: house.replicas["replica.0"].open != set())
+    house.kill("tokenizer.0")
+    house.settle()
+    assert [request_id for request_id, _ in house.replicas["replica.0"].cancelled] == ["r0"]
+
+
+@pytest.mark.guarantee("R23")
+def test_the_death_of_a_replica_fails_its_requests_at_once_and_no_others():
+    house = House(replicas=2, pause_s=100.0)
+    house.start_replicas()
+    answers = [submit(house, max_tokens=30) for _ in range(4)]
+    house.run(lambda: all(len(answer.items) > 1 for answer in answers))
+    began_ns = house.system.clock.now_ns()
+    house.kill("replica.0")
+    lost = [answer for answer in answers if answer.items[0].replica == 0]
+    assert len(lost) == 2
+    house.run(lambda: all(answer.is_over for answer in lost))
+    assert house.system.clock.now_ns() == began_ns
+    for answer in lost:
+        assert type(answer.error) is WorkerDied
+        assert "signal 9 (SIGKILL)" in str(answer.error)
+    house.finish()
+    assert all(answer.reply.replica == 1 for answer in answers if answer not in lost)
+
+
+def test_a_replica_serves_again_after_its_restart():
+    house = House()
+    house.start_replicas()
+    house.kill("replica.0")
+    pass_time(house.system, 1)
+    answer = submit(house)
+    pass_time(house.system, 1)
+    assert not answer.is_over, "it waits"
+    house.start_replica("replica.0")
+    house.finish()
+    assert answer.tokens == counting(answer.message)
+
+
+@pytest.mark.guarantee("R24")
+def test_requests_wait_for_a_replica_bounded_by_number_and_deadline():
+    house = House(max_waiting=2)
+    waiting, impatient = submit(house), submit(house, timeout_s=5.0)
+    refused = submit(house)
+    house.run(lambda: impatient.is_over and refused.is_over)
+    assert type(refused.error) is Overloaded
+    assert "2 requests wait for one; at most 2 may" in str(refused.error)
+    assert type(impatient.error) is DeadlineExceeded
+    assert not waiting.is_over
+    house.start_replicas()
+    house.finish()
+    assert waiting.tokens == counting(waiting.message)
+    assert house.replicas["replica.0"].seen == ["r0"]
+
+
+@pytest.mark.guarantee("R25")
+def test_a_lost_group_is_left_out_and_the_last_one_ends_service():
+    house = House(replicas=2, pause_s=100.0)
+    house.start_replicas()
+    answers = [submit(house, max_tokens=30) for _ in range(2)]
+    house.run(lambda: all(len(answer.items) > 1 for answer in answers))
+    house.supervisor.ctx.tell("router", GroupLost("chip.0.0", "chip.0.0 died 6 times in 30 s"))
+    first = next(answer for answer in answers if answer.items[0].replica == 0)
+    house.run(lambda: first.is_over)
+    assert type(first.error) is WorkerDied
+    after = [submit(house, max_tokens=2) for _ in range(3)]
+    house.run(lambda: all(answer.is_over for answer in after))
+    assert {answer.reply.replica for answer in after} == {1}
+    house.supervisor.ctx.tell("router", GroupLost("replica.1", "replica.1 died 6 times in 30 s"))
+    house.supervisor.ctx.tell("router", GroupLost("tokenizer.0", "not the router's business"))
+    house.finish()
+    second = next(answer for answer in answers if answer is not first)
+    late = submit(house)
+    house.finish()
+    for answer in (second, late):
+        assert type(answer.error) is RestartLimit
+        assert "replica 0: chip.0.0 died 6 times in 30 s; replica 1: replica.1 died" in str(answer.error)
+    house.settle()
+
+
+def test_waiting_requests_fail_when_the_last_replica_is_lost():
+    house = House()
+    answer = submit(house)
+    pass_time(house.system, 1)
+    assert not answer.is_over
+    house.supervisor.ctx.tell("router", GroupLost("replica.0", "gone"))
+    house.finish()
+    assert type(answer.error) is RestartLimit
+
+
+def test_an_error_of_the_replica_reaches_the_caller_as_it_is():
+    class Full(Actor):
+        @handles(Submit)
+        def _submit(self, _message: Submit, call: Call) -> None:
+            call.fail(Overloaded("8 requests are waiting"))
+
+    house = House()
+    house.system.spawn("replica.0", Full(), connect=("router",))
+    answer = submit(house)
+    house.finish()
+    assert type(answer.error) is Overloaded
+    assert str(answer.error) == "8 requests are waiting"
+    house.settle()
+
+
+def test_an_end_that_is_no_end_fails_the_request():
+    class Odd(Actor):
+        @handles(Submit)
+        def _submit(self, _message: Submit, call: Call) -> None:
+            call.reply(Routed(replica=0, dp_rank=0))
+
+    house = House()
+    house.system.spawn("replica.0", Odd(), connect=("router",))
+    answer = submit(house)
+    house.finish()
+    assert "replica.0 ended a request with Routed, not TokensDone" in str(answer.error)
+    house.settle()
+
+
+@pytest.mark.parametrize("name", ["router", "replica", "replica.x", "chip.0"])
+def test_a_replica_must_have_a_number(name):
+    with pytest.raises(ConfigError, match=r"is not replica\.N"):
+        RouterActor({"replicas": [name], "max_waiting": 1})
+
+
+moves = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(1, 9), st.integers(1, 12), st.sampled_from([2.0, 10.0, 300.0])),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+        st.tuples(st.just("pass"), st.floats(0.0, 3.0)),
+        st.tuples(st.just("replica"), st.integers(0, 2)),
+        st.tuples(st.just("router")),
+        st.tuples(st.just("client")),
+    ),
+    max_size=25,
+)
+
+
+@pytest.mark.guarantee("R26")
+@given(moves, st.integers(0, 2**32), st.integers(1, 3))
+@settings(max_examples=60, deadline=None, print_blob=True)
+def test_whatever_happens_every_request_ends_once_with_its_own_tokens_and_the_load_is_zero(moves, seed, replicas):
+    house = House(replicas, seed, max_waiting=4, refuses=True)
+    house.start_replicas()
+    for move in moves:
+        if move[0] == "submit":
+            house.client.submit([len(house.client.answers) + 1] * move[1], max_tokens=move[2], timeout_s=move[3])
+        elif move[0] == "cancel" and house.client.answers:
+            house.client.cancel(house.client.answers[move[1] % len(house.client.answers)])
+        elif move[0] == "pass":
+            pass_time(house.system, move[1])
+        elif move[0] == "replica":
+            name = house.names[move[1] % replicas]
+            if name in house.alive():
+                house.kill(name)
+                del house.replicas[name]
+            else:
+                house.start_replica(name)
+        elif move[0] == "router":
+            house.kill("router")
+            house.start_router()
+        elif move[0] == "client":
+            house.kill("tokenizer.0")
+            house.start_client()
+            house.run(lambda: "tokenizer.0" in house.router.ctx.peers())
+    for name in set(house.names) - house.alive():
+        house.start_replica(name)
+    house.finish()
+    house.settle()
+    for answer in house.client.answers:
+        assert answer.ends == (0 if answer.is_cancelled else 1)
+        expected = counting(answer.message)
+        assert answer.tokens == expected[: len(answer.tokens)]
+        if answer.reply is not None:
+            assert answer.tokens == expected
+            assert [i for i in answer.items if isinstance(i, Routed)] == [
+                Routed(replica=answer.reply.replica, dp_rank=answer.reply.dp_rank)
+            ]
+        elif answer.error is not None:
+            assert type(answer.error) in (WorkerDied, DeadlineExceeded, Overloaded, ChipbusError) or "router" in str(
+                answer.error
+            )
+    assert not house.router.ctx.counters().get("handler_failures")

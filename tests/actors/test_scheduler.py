@@ -1,0 +1,524 @@
+"""Scheduler on a null chip, which checks that each row reads exactly the context it continues."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import attrs
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chipbus.actors.sampling import SamplingParams
+from chipbus.actors.scheduler import Batch, BatchRow, Scheduler, SchedulerConfig, TokenEvent, uniform
+from chipbus.errors import ContextTooLong, Overloaded, RequestInvalid
+from chipbus.kernels.null import NullChip, null_token
+from chipbus.kernels.qwen3.model import ModelSpec
+from chipbus.kernels.qwen3.step import Limits, ModelPrograms, SampledToken, build_step, read_step
+
+VOCAB = 64
+EOS = (3, 5)
+
+
+def params(**fields: object) -> SamplingParams:
+    return SamplingParams(**({"temperature": 0, "seed": 1, "max_tokens": 5} | fields))  # type: ignore[arg-type]
+
+
+def config(**changes: int) -> SchedulerConfig:
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 40, "page_size": 4, "num_pages": 20}
+    others = {"prefill_chunk_tokens": 8, "max_waiting": 50}
+    return SchedulerConfig(
+        limits=Limits(**{name: changes.get(name, size) for name, size in sizes.items()}),
+        vocab_size=VOCAB,
+        eos_token_ids=EOS,
+        **{name: changes.get(name, size) for name, size in others.items()},
+    )
+
+
+def prompt(*ids: int) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+class Core:
+    """A replica core in miniature: scheduler and null chip, integrity checked after every move."""
+
+    def __init__(self, **changes: int) -> None:
+        self.config = config(**changes)
+        self.scheduler = Scheduler(self.config)
+        spec = ModelSpec(
+            path="none", dtype="float32", vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_layers=1,
+            num_heads=2, num_kv_heads=1, head_dim=4, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
+            attention_bias=False, max_context=4096, eos_token_ids=EOS, fingerprint="",
+        )  # fmt: skip
+        self.programs = ModelPrograms.build(spec, self.config.limits)
+        self.chip = NullChip()
+        for tensor in self.programs.tensors:
+            self.chip.alloc(tensor)
+        for program in self.programs.programs:
+            self.chip.register(program)
+        self.dispatch_ids = itertools.count(1, 10)
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, tuple[str, int | None]] = {}
+        self.batches: list[Batch] = []
+
+    def add(self, request_id: str, ids: np.ndarray, params_: SamplingParams | None = None) -> None:
+        self.scheduler.add(request_id, ids, params_ or params())
+        self.tokens[request_id] = []
+        self.scheduler.check_integrity()
+
+    def begin(self) -> Batch | None:
+        batch = self.scheduler.next_batch()
+        self.scheduler.check_integrity()
+        if batch is not None:
+            self.batches.append(batch)
+            self.check(batch)
+        return batch
+
+    def end(self, batch: Batch) -> tuple[TokenEvent, ...]:
+        dispatches = build_step(self.programs, batch.step, next(self.dispatch_ids))
+        completions = [self.chip.launch(dispatch) for dispatch in dispatches]
+        events = self.scheduler.apply(batch, read_step(batch.step, completions))
+        self.scheduler.check_integrity()
+        for event in events:
+            assert event.request_id not in self.ends
+            assert event.token_index == len(self.tokens[event.request_id])
+            self.tokens[event.request_id].append(event.token.token_id)
+            if event.finish_reason:
+                self.ends[event.request_id] = (event.finish_reason, event.stop_token_id)
+        return events
+
+    def step(self) -> Batch | None:
+        batch = self.begin()
+        if batch is not None:
+            self.end(batch)
+        return batch
+
+    def run(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if self.step() is None:
+                assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+                assert self.scheduler.pages_free == self.scheduler.pages_total
+                assert self.scheduler.pending_tokens == 0
+                return
+        raise AssertionError(f"requests are left after {limit} steps")
+
+    def check(self, batch: Batch) -> None:
+        """The record and the chip input say the same, within all limits."""
+        limits = self.config.limits
+        rows = batch.record.rows
+        assert sum(row.length for row in rows) <= limits.max_num_batched_tokens
+        assert len({row.request_id for row in rows}) == len(rows) <= limits.max_num_seqs
+        assert all(row.length <= self.config.prefill_chunk_tokens for row in rows if row.kind == "prefill")
+        decodes = [row for row in rows if row.kind == "decode"]
+        assert [row.start for row in decodes] == [row.position for row in batch.step.decodes]
+        prefills = [(row.start, row.length) for row in rows if row.kind == "prefill"]
+        assert prefills == [(row.start, len(row.tokens)) for row in batch.step.prefills]
+        assert len(batch.step.samples) == sum(row.samples for row in rows)
+        assert batch.record.step_id == batch.step.step_id
+        used = {row.request_id: row.length for row in rows}
+        for request in self.scheduler._running:
+            left = len(request.prompt) - request.computed
+            if used.get(request.request_id, 0) < min(left, self.config.prefill_chunk_tokens):
+                assert sum(used.values()) == limits.max_num_batched_tokens, "tokens were left over"
+
+
+def expected(ids: np.ndarray, params_: SamplingParams, context: int = 40) -> tuple[list[int], tuple[str, int | None]]:
+    """What a null chip generates for one request alone, from the definition of every setting."""
+    ends = set(params_.stop_token_ids) | set(() if params_.ignore_eos else EOS)
+    forbidden = set(params_.stop_token_ids) | set(EOS)
+    out: list[int] = []
+    while True:
+        before = [*ids.tolist(), *out]
+        token = null_token(before[-1], len(before) - 1, VOCAB)
+        while len(out) < params_.min_tokens and token in forbidden:
+            token = (token + 1) % VOCAB
+        out.append(token)
+        if token in ends and len(out) > params_.min_tokens:
+            return out, ("stop", None if token in EOS and not params_.ignore_eos else token)
+        if len(out) == params_.max_tokens or len(before) + 1 == context:
+            return out, ("length", None)
+
+
+def test_decodes_come_first_and_chunks_of_a_long_prompt_fill_the_step():
+    core = Core()
+    core.add("a", prompt(20, 21, 22))
+    core.step()
+    core.add("b", prompt(*range(16, 46)), params(max_tokens=1))
+    core.add("c", prompt(30, 31))
+    rows = [core.step().record.rows for _ in range(4)]
+    assert rows[0] == (
+        BatchRow("a", "decode", 3, 1, True),
+        BatchRow("b", "prefill", 0, 8, False),
+        BatchRow("c", "prefill", 0, 2, True),
+    )
+    assert rows[1] == (
+        BatchRow("a", "decode", 4, 1, True),
+        BatchRow("c", "decode", 2, 1, True),
+        BatchRow("b", "prefill", 8, 8, False),
+    )
+    assert rows[3][-1] == BatchRow("b", "prefill", 24, 6, True)
+
+
+@pytest.mark.guarantee("R1")
+def test_a_long_prompt_does_not_stop_decode_and_decode_does_not_starve_a_prompt():
+    core = Core(max_num_seqs=4, max_num_batched_tokens=4, max_model_len=80, num_pages=80)
+    for name in "abc":
+        core.add(name, prompt(20), params(max_tokens=60))
+    for _ in range(3):
+        core.step()
+    core.add("long", prompt(*[16] * 30), params(max_tokens=1))
+    steps = 0
+    while "long" not in core.ends:
+        rows = core.step().record.rows
+        steps += 1
+        assert [row.request_id for row in rows] == ["a", "b", "c", "long"]
+        assert [row.kind for row in rows] == ["decode"] * 3 + ["prefill"]
+    assert steps == 30
+
+
+@pytest.mark.guarantee("R8")
+def test_when_pages_run_out_the_youngest_waits_and_its_tokens_do_not_change():
+    core = Core(num_pages=6, max_model_len=24)
+    requests = {name: (prompt(20 + i, 21 + i, 22), params(max_tokens=12)) for i, name in enumerate("abc")}
+    for name, (ids, params_) in requests.items():
+        core.add(name, ids, params_)
+    core.run()
+    preempted = [name for batch in core.batches for name in batch.record.preempted]
+    assert preempted
+    assert "a" not in preempted, "the oldest is never preempted"
+    for name, (ids, params_) in requests.items():
+        assert (core.tokens[name], core.ends[name]) == expected(ids, params_, 24)
+
+
+@pytest.mark.guarantee("R7")
+def test_a_generated_token_stays_a_decode_row_when_it_is_computed_again():
+    core = Core(num_pages=4, max_model_len=16, max_num_seqs=2)
+    for name in "ab":
+        core.add(name, prompt(20, 21, 22, 23, 24), params(max_tokens=8))
+    core.run()
+    assert any(batch.record.preempted == ("b",) for batch in core.batches)
+    rows = [row for batch in core.batches for row in batch.record.rows if row.request_id == "b"]
+    assert all(row.start + row.length <= 5 for row in rows if row.kind == "prefill")
+    assert all(row.start >= 5 for row in rows if row.kind == "decode")
+    again = [row.start for row in rows if row.kind == "decode" and not row.samples]
+    assert again, "tokens generated before the preemption are computed, not chosen, again"
+
+
+def test_a_request_is_admitted_only_if_its_prompt_fits_beside_what_running_ones_still_need():
+    core = Core(num_pages=5, prefill_chunk_tokens=4)
+    for name in "ab":
+        core.add(name, prompt(*range(20, 32)), params(max_tokens=1))
+    core.run()
+    assert [row.request_id for batch in core.batches for row in batch.record.rows] == ["a"] * 3 + ["b"] * 3
+
+
+def test_after_a_preemption_nothing_is_admitted_in_the_same_step():
+    core = Core(num_pages=6, max_model_len=24)
+    for name in "abcd":
+        core.add(name, prompt(20, 21, 22), params(max_tokens=12))
+    core.run()
+    running: set[str] = set()
+    for batch in core.batches:
+        now = {row.request_id for row in batch.record.rows}
+        if batch.record.preempted:
+            assert now <= running
+        running = now
+
+
+@pytest.mark.guarantee("R3")
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({"max_tokens": 3}, ("length", None)),
+        ({"max_tokens": 1000}, ("length", None)),
+        ({"stop_token_ids": (45,)}, ("stop", 45)),
+        ({"stop_token_ids": (3, 45)}, ("stop", 45)),
+        ({"stop_token_ids": (45,), "min_tokens": 5}, ("length", None)),
+    ],
+)
+def test_a_request_ends_at_its_limit_or_at_a_stop_id(fields, end):
+    ids = prompt(20, 21)
+    first = null_token(21, 1, VOCAB)
+    second = null_token(first, 2, VOCAB)
+    fields = {
+        k: tuple(second if v == 45 else v for v in vs) if isinstance(vs, tuple) else vs for k, vs in fields.items()
+    }
+    end = (end[0], second if end[1] == 45 else end[1])
+    core = Core()
+    core.add("a", ids, params(**fields))
+    core.run()
+    assert (core.tokens["a"], core.ends["a"]) == expected(ids, params(**fields))
+    assert core.ends["a"] == end
+
+
+def scripted(params_: SamplingParams, tokens: list[int]) -> tuple[list[int], tuple[str, int | None], list[list[int]]]:
+    """Feed given tokens to one request; its tokens, its end, and the ids forbidden at each of its tokens."""
+    scheduler = Scheduler(config())
+    scheduler.add("a", prompt(20), params_)
+    out, banned = [], []
+    for token in tokens:
+        batch = scheduler.next_batch()
+        banned.append(batch.step.samples[0].banned.tolist())
+        (event,) = scheduler.apply(batch, [SampledToken(token)])
+        out.append(event.token.token_id)
+        if event.finish_reason:
+            assert scheduler.pages_free == scheduler.pages_total
+            return out, (event.finish_reason, event.stop_token_id), banned
+    raise AssertionError("not ended")
+
+
+def test_the_models_own_end_has_no_stop_id_and_can_be_ignored():
+    assert scripted(params(), [20, 5, 20])[:2] == ([20, 5], ("stop", None))
+    assert scripted(params(stop_token_ids=(5,)), [20, 5])[:2] == ([20, 5], ("stop", None))
+    assert scripted(params(ignore_eos=True, max_tokens=3), [20, 5, 3])[:2] == ([20, 5, 3], ("length", None))
+    assert scripted(params(ignore_eos=True, stop_token_ids=(5,)), [3, 5])[:2] == ([3, 5], ("stop", 5))
+
+
+@pytest.mark.guarantee("R9")
+def test_before_min_tokens_no_end_is_chosen_nor_obeyed():
+    out, end, banned = scripted(params(min_tokens=2, stop_token_ids=(9, 10**6)), [20, 5, 9])
+    assert (out, end) == ([20, 5, 9], ("stop", 9))
+    assert banned == [[3, 5, 9], [3, 5, 9], []]
+
+
+def test_the_context_limit_ends_a_request_with_length_also_where_the_pages_set_it():
+    for changes, total in (({"max_model_len": 10}, 10), ({"num_pages": 2, "max_model_len": 40}, 8)):
+        core = Core(**changes)
+        core.add("a", prompt(20, 21, 22), params(max_tokens=1000))
+        core.run()
+        assert core.ends["a"] == ("length", None)
+        assert len(core.tokens["a"]) == total - 3
+
+
+@pytest.mark.guarantee("R4")
+@pytest.mark.parametrize(
+    ("ids", "changes", "error", "says"),
+    [
+        ([], {}, RequestInvalid, "the prompt is empty"),
+        (
+            [20, 64, 65],
+            {},
+            RequestInvalid,
+            "token id 64 at position 1 of the prompt is outside the vocabulary, [0, 64)",
+        ),
+        ([-1], {}, RequestInvalid, "token id -1 at position 0"),
+        ([20] * 40, {}, ContextTooLong, "the prompt has 40 tokens; with max_model_len 40 it may have at most 39"),
+        ([20] * 9, {"num_pages": 2}, ContextTooLong, "9 tokens; 2 KV pages of 4 tokens hold a context of 8, so it may"),
+    ],
+)
+def test_a_prompt_that_cannot_be_served_is_refused_with_its_numbers(ids, changes, error, says):
+    core = Core(**changes)
+    with pytest.raises(error) as caught:
+        core.add("a", prompt(*ids))
+    assert type(caught.value) is error
+    assert says in str(caught.value)
+    assert core.step() is None
+
+
+@pytest.mark.guarantee("R13")
+def test_a_full_queue_refuses_and_keeps_what_it_has():
+    core = Core(max_waiting=2)
+    core.add("a", prompt(20))
+    core.add("b", prompt(20))
+    with pytest.raises(Overloaded, match=r"2 requests are waiting; at most 2 may \(max_waiting\)"):
+        core.add("c", prompt(20))
+    with pytest.raises(RequestInvalid, match="request id 'a' is being served already"):
+        core.add("a", prompt(20))
+    core.run()
+    assert set(core.ends) == {"a", "b"}
+
+
+def test_forbidding_every_token_is_refused():
+    with pytest.raises(RequestInvalid, match="names all 64 tokens"):
+        Core().add("a", prompt(20), params(min_tokens=1, stop_token_ids=tuple(range(64))))
+
+
+@pytest.mark.guarantee("R5")
+def test_pages_of_an_aborted_request_stay_taken_while_a_step_writes_them():
+    core = Core(num_pages=2, max_model_len=8)
+    core.add("a", prompt(20, 21, 22, 23, 24))
+    batch = core.begin()
+    assert core.scheduler.abort("a")
+    core.scheduler.check_integrity()
+    assert core.scheduler.pages_free == 0
+    assert core.end(batch) == ()
+    assert core.scheduler.pages_free == 2
+    assert not core.scheduler.abort("a")
+
+
+def test_an_id_may_be_used_again_while_the_step_of_an_aborted_request_is_in_flight():
+    core = Core()
+    core.add("a", prompt(20, 21))
+    batch = core.begin()
+    core.scheduler.abort("a")
+    core.add("a", prompt(30))
+    assert core.end(batch) == ()
+    core.run()
+    assert core.tokens["a"] == expected(prompt(30), params())[0]
+
+
+def test_a_dropped_step_is_decided_again():
+    core = Core()
+    core.add("a", prompt(20, 21))
+    first = core.begin()
+    core.scheduler.drop(first)
+    core.scheduler.check_integrity()
+    again = core.step()
+    assert again.record == attrs.evolve(first.record, step_id=2)
+    core.run()
+    assert core.tokens["a"] == expected(prompt(20, 21), params())[0]
+
+
+def test_load_counts_prompt_tokens_to_compute_and_tokens_to_come():
+    core = Core()
+    core.add("a", prompt(*range(20, 30)), params(max_tokens=7))
+    core.add("b", prompt(20), params(max_tokens=1000))
+    assert core.scheduler.pending_tokens == (10 + 7) + (1 + 39)
+    core.step()  # 8 of a's prompt, and b's prompt with its first token
+    assert core.scheduler.pending_tokens == (2 + 7) + 38
+    core.step()
+    assert core.scheduler.pending_tokens == 6 + 37
+
+
+def test_fewer_tokens_per_step_than_sequences_runs_fewer_at_once():
+    core = Core(max_num_batched_tokens=2, max_num_seqs=4)
+    for name in "abcd":
+        core.add(name, prompt(20, 21, 22))
+    core.run()
+    assert set(core.ends) == set("abcd")
+
+
+@pytest.mark.guarantee("R6")
+def test_the_random_number_of_a_token_is_a_function_of_seed_and_index():
+    message = (7).to_bytes(8, "little") + (3).to_bytes(8, "little")
+    digest = hashlib.blake2b(message, digest_size=8, person=b"chipbus.uniform").digest()
+    assert uniform(7, 3) == (int.from_bytes(digest, "little") >> 11) / 2**53
+    draws = np.array([uniform(seed, index) for seed in range(40) for index in range(50)])
+    assert len(set(draws)) == len(draws)
+    assert ((draws >= 0) & (draws < 1)).all()
+    assert abs(np.histogram(draws, 10, (0, 1))[0] - 200).max() < 60  # 4.5 standard deviations
+
+
+def test_a_sample_row_carries_the_settings_and_history_only_for_penalties():
+    scheduler = Scheduler(config())
+    settings_ = params(
+        temperature=0.5, seed=9, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.5, presence_penalty=0.5,
+        frequency_penalty=-0.5, logprobs=2,
+    )  # fmt: skip
+    scheduler.add("with", prompt(20, 21), settings_)
+    scheduler.add("without", prompt(30), params(temperature=0.5, seed=9))
+    scheduler.apply(scheduler.next_batch(), [SampledToken(40), SampledToken(50)])
+    batch = scheduler.next_batch()
+    row, plain = batch.step.samples
+    for name in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    ):
+        assert getattr(row, name) == getattr(settings_, name)
+    assert (row.logprobs, plain.logprobs) == (2, None)
+    assert (row.history.tolist(), row.prompt_tokens) == ([20, 21, 40], 2)
+    assert (plain.history.tolist(), plain.prompt_tokens) == ([], 0)
+    assert row.uniform == plain.uniform == uniform(9, 1)
+
+
+@st.composite
+def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[object, ...]]]:
+    page_size = draw(st.integers(1, 5))
+    changes = {
+        "page_size": page_size,
+        "num_pages": draw(st.integers(2, 12)),
+        "max_num_seqs": draw(st.integers(1, 4)),
+        "max_num_batched_tokens": draw(st.integers(1, 12)),
+        "prefill_chunk_tokens": draw(st.integers(1, 9)),
+        "max_model_len": draw(st.integers(4, 40)),
+    }
+    room = min(changes["max_model_len"], changes["num_pages"] * page_size)
+    ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=max(room - 1, 1))
+    wants = st.builds(
+        lambda tokens, least, stop, ignore: params(
+            max_tokens=tokens, min_tokens=min(least, tokens), stop_token_ids=stop, ignore_eos=ignore
+        ),
+        st.integers(1, 30),
+        st.integers(0, 6),
+        st.lists(st.integers(0, VOCAB - 1), max_size=12).map(tuple),
+        st.booleans(),
+    )
+    moves = st.one_of(
+        st.tuples(st.just("add"), ids, wants),
+        st.tuples(st.just("step")),
+        st.tuples(st.just("abort"), st.integers(0, 20)),
+        st.tuples(st.just("abort in flight"), st.integers(0, 20)),
+        st.tuples(st.just("drop")),
+        st.tuples(st.just("lose pages")),
+    )
+    return changes, draw(st.lists(moves, max_size=30))
+
+
+@pytest.mark.guarantee("R2")
+@given(traffic())
+@settings(max_examples=120, deadline=None, print_blob=True)
+def test_every_request_gets_the_tokens_it_would_get_alone(case):
+    changes, moves = case
+    core = Core(**changes)
+    context = min(changes["max_model_len"], changes["num_pages"] * changes["page_size"])
+    wanted: dict[str, tuple[np.ndarray, SamplingParams]] = {}
+    aborted: set[str] = set()
+
+    def abort(number: int) -> None:
+        name = f"r{number}"
+        is_live = name in wanted and name not in core.ends and name not in aborted
+        assert core.scheduler.abort(name) == is_live
+        if is_live:
+            aborted.add(name)
+        core.scheduler.check_integrity()
+
+    for move in moves:
+        if move[0] == "add":
+            name = f"r{len(wanted)}"
+            ids = np.array(move[1], np.int32)
+            if len(ids) >= context:
+                with pytest.raises(ContextTooLong):
+                    core.add(name, ids, move[2])
+            else:
+                core.add(name, ids, move[2])
+                wanted[name] = (ids, move[2])
+        elif move[0] == "step":
+            core.step()
+        elif move[0] == "abort":
+            abort(move[1])
+        elif move[0] == "lose pages":
+            core.scheduler.lose_pages()
+            core.scheduler.check_integrity()
+            assert core.scheduler.pages_free == core.scheduler.pages_total
+        elif (batch := core.begin()) is not None:
+            if move[0] == "drop":
+                core.scheduler.drop(batch)
+                core.scheduler.check_integrity()
+            else:
+                abort(move[1])
+                core.end(batch)
+    core.run()
+    for name, (ids, params_) in wanted.items():
+        tokens, end = expected(ids, params_, context)
+        if name in aborted:
+            assert core.tokens[name] == tokens[: len(core.tokens[name])]
+        else:
+            assert (core.tokens[name], core.ends[name]) == (tokens, end)
+
+
+def test_same_calls_give_same_decisions():
+    def records() -> list[object]:
+        core = Core(num_pages=6, max_model_len=24)
+        for index, name in enumerate("abcd"):
+            core.add(name, prompt(20 + index, 21, 22), params(max_tokens=12))
+        core.run()
+        return [batch.record for batch in core.batches]
+
+    assert records() == records()

@@ -1,0 +1,234 @@
+"""Text: incremental decoding against decoding at once, stop strings against a brute-force search, chat templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import CHAT_TEMPLATE, SPECIAL, TEXTS, byte_fallback_directory, byte_level_directory
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from chipbus.actors.messages.serving import ChatTurn
+from chipbus.actors.text import StopScanner, TextModel
+from chipbus.errors import CheckpointError, RequestInvalid
+
+MAKERS = {"byte-level": byte_level_directory, "byte-fallback": byte_fallback_directory}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp("model") / name) for name, make in MAKERS.items()}
+
+
+@pytest.fixture(scope="module")
+def models(directories: dict[str, Path]) -> dict[str, TextModel]:
+    return {name: TextModel(directory) for name, directory in directories.items()}
+
+
+@pytest.fixture(scope="module")
+def references(directories: dict[str, Path]) -> dict[str, PreTrainedTokenizerFast]:
+    """transformers' view of the same files."""
+    return {
+        name: PreTrainedTokenizerFast(
+            tokenizer_file=str(directory / "tokenizer.json"), eos_token=SPECIAL[2], chat_template=CHAT_TEMPLATE
+        )
+        for name, directory in directories.items()
+    }
+
+
+def pieces(model: TextModel, ids: list[int]) -> list[str]:
+    detokenizer = model.detokenizer()
+    return [*(detokenizer.add(token_id) for token_id in ids), detokenizer.flush()]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("text", [*TEXTS, " leading and trailing ", "a\nb", "e\u0301\u0302", "two words<tool_call>"])
+def test_pieces_add_up_to_the_text_and_never_split_a_character(models, references, kind, text):
+    ids = models[kind].encode(text)
+    assert ids == references[kind](text).input_ids
+    parts = pieces(models[kind], ids)
+    assert "".join(parts) == references[kind].decode(ids, skip_special_tokens=True)
+    assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
+
+
+@pytest.mark.guarantee("R10")
+@given(st.text(max_size=40), st.sampled_from(sorted(MAKERS)))
+@settings(max_examples=150, deadline=None, print_blob=True)
+def test_every_text_streams_as_it_was_written(models, references, text, kind):
+    ids = references[kind](text).input_ids
+    parts = pieces(models[kind], ids)
+    assert "".join(parts) == references[kind].decode(ids, skip_special_tokens=True)
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, print_blob=True)
+def test_any_ids_whatever_give_the_text_of_decoding_them_at_once(models, directories, data):
+    reference = Tokenizer.from_file(str(directories["byte-level"] / "tokenizer.json"))
+    ids = data.draw(st.lists(st.integers(0, reference.get_vocab_size() + 5), max_size=60))
+    assert "".join(pieces(models["byte-level"], ids)) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_are_no_text_and_added_tokens_are(models):
+    model = models["byte-level"]
+    ids = model.encode("a<|im_end|>b<tool_call>c")
+    assert len(ids) == 5
+    assert "".join(pieces(model, ids)) == "ab<tool_call>c"
+    assert model.decode(ids) == "a<|im_end|>b<tool_call>c"
+
+
+def test_an_endless_run_of_broken_bytes_is_not_held_back_for_ever(models):
+    for kind, first in (("byte-level", "Ģ"), ("byte-fallback", "<0x80>")):
+        model = models[kind]
+        broken = model._tokenizer.token_to_id(first)
+        parts = pieces(model, [broken] * 500)
+        assert "".join(parts) == "\N{REPLACEMENT CHARACTER}" * 500
+        assert max(len(part) for part in parts) <= 4
+
+
+def naive_stop(text: str, stop: list[str]) -> tuple[str, str | None]:
+    """The first place where a stop string ends; the longest of those that end there."""
+    for end in range(len(text) + 1):
+        for candidate in sorted(stop, key=len, reverse=True):
+            if text[:end].endswith(candidate):
+                return text[: end - len(candidate)], candidate
+    return text, None
+
+
+@pytest.mark.guarantee("R11")
+@given(
+    st.text("ab\n", max_size=30),
+    st.lists(st.text("ab\n", min_size=1, max_size=6), max_size=4),
+    st.lists(st.integers(1, 5), min_size=30, max_size=30),
+)
+@example("aaab", ["aab"], [1] * 4)
+@example("ababaab", ["abaa", "babb"], [1] * 7)
+@example("abab\n", ["abab\n", "bab"], [2] * 3)
+@settings(max_examples=300, deadline=None, print_blob=True)
+def test_a_stop_string_is_found_wherever_pieces_are_cut_and_nothing_more_is_held_back(text, stop, lengths):
+    scanner, given_out, position, hit = StopScanner(stop), "", 0, None
+    for length in lengths:
+        if position >= len(text) or hit:
+            break
+        part = text[position : position + length]
+        position += length
+        out, hit = scanner.feed(part)
+        given_out += out
+        if hit is None:
+            seen = text[:position]
+            could_begin = [k for s in stop for k in range(1, len(s)) if seen.endswith(s[:k])]
+            assert given_out == seen[: len(seen) - max(could_begin, default=0)]
+    if hit is None:
+        given_out += scanner.flush()
+    assert (given_out, hit) == naive_stop(text, stop)
+
+
+def test_a_stop_string_before_min_tokens_is_text():
+    scanner = StopScanner(["ab"])
+    assert scanner.feed("xab", may_stop=False) == ("xab", None)
+    assert scanner.feed("a", may_stop=False) == ("", None)
+    assert scanner.feed("bab") == ("", "ab")
+
+
+def test_without_stop_strings_nothing_is_held_back():
+    scanner = StopScanner([])
+    assert scanner.feed("text") == ("text", None)
+    assert scanner.flush() == ""
+
+
+@pytest.mark.guarantee("R12")
+def test_a_conversation_is_rendered_as_the_models_template_says(models, references):
+    turns = [ChatTurn("system", "be kind"), ChatTurn("user", "héllo <|im_end|>")]
+    rendered = models["byte-level"].render(turns)
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    reference = references["byte-level"]
+    assert rendered == reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert models["byte-level"].encode_chat(rendered) == ids
+
+
+def test_a_template_that_refuses_says_why(models):
+    with pytest.raises(RequestInvalid, match="chat template of model byte-level failed: no such role: pirate"):
+        models["byte-level"].render([ChatTurn("pirate", "arr")])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ messages | map(attribute='role.__class__.__init__.__globals__') | list }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ],
+)
+def test_a_template_runs_in_a_sandbox(tmp_path, template):
+    model = TextModel(with_template(tmp_path, template))
+    with pytest.raises(RequestInvalid, match="failed"):
+        model.render([ChatTurn("user", "hi")])
+
+
+def with_template(directory: Path, template: object) -> Path:
+    byte_level_directory(directory)
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "bos_token": "<|im_start|>"})
+    )
+    return directory
+
+
+def test_the_template_may_be_a_file_a_named_list_or_absent(tmp_path):
+    turns = [ChatTurn("user", "hi")]
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}default"}]
+    assert TextModel(with_template(tmp_path, named)).render(turns) == "<|im_start|>default"
+    (tmp_path / "chat_template.jinja").write_text("from a file, {{ messages | tojson }}\n")
+    assert TextModel(tmp_path).render(turns) == 'from a file, [{"role": "user", "content": "hi"}]'
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(RequestInvalid, match=r"has no chat template \(tokenizer_config.json or chat_template.jinja\)"):
+        TextModel(tmp_path).render(turns)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer.json", None, "tokenizer.json cannot be read: No such file"),
+        ("tokenizer.json", b'{"version": "1.0"', "tokenizer.json is not a tokenizer"),
+        ("tokenizer.json", b"\xff", "tokenizer.json cannot be read"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json cannot be read"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json is a list; it must be an object"),
+        ("tokenizer_config.json", b'{"chat_template": "{% if %}"}', "is not a template"),
+        ("tokenizer_config.json", b'{"chat_template": 7}', "is not a template"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja cannot be read"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path, name, content, says):
+    byte_level_directory(tmp_path)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        TextModel(tmp_path)
+    assert says in str(caught.value)
+
+
+def test_a_prompt_is_never_truncated_nor_padded_by_settings_in_the_file(tmp_path):
+    byte_level_directory(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=200)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = TextModel(tmp_path)
+    text = "the quick brown fox jumps"
+    assert model.decode(model.encode(text)) == text
+
+
+def test_a_prompt_with_half_a_surrogate_pair_is_refused(models):
+    with pytest.raises(RequestInvalid, match="not valid Unicode at character 1"):
+        models["byte-level"].encode("a\ud800")

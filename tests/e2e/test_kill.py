@@ -1,0 +1,180 @@
+"""Processes die; callers get tokens or a typed error, never a hang, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from chipbus import Engine, SamplingParams, errors
+from support import eventually, run_directories
+
+LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+def pid_of(engine: Engine, name: str) -> int:
+    return next(record.pid for record in engine.tree() if record.name == name)
+
+
+def incarnation_of(engine: Engine, name: str) -> tuple[int, str]:
+    return next((record.incarnation, record.state) for record in engine.tree() if record.name == name)
+
+
+class Reader:
+    """Reads one stream on a thread, and says how it ended and when."""
+
+    def __init__(self, engine: Engine, prompt: list[int]) -> None:
+        self.started, self.ended = threading.Event(), threading.Event()
+        self.tokens: list[int] = []
+        self.error: BaseException | None = None
+        self._stream = engine.stream(prompt, LONG)
+        self.thread = threading.Thread(target=self._read)
+        self.thread.start()
+        assert self.started.wait(20)
+
+    def _read(self) -> None:
+        try:
+            for delta in self._stream:
+                self.tokens += delta.outputs[0].token_ids
+                self.started.set()
+        except errors.ChipbusError as error:
+            self.error = error
+        self.started.set()
+        self.ended.set()
+
+
+@pytest.mark.guarantee("E2")
+@pytest.mark.parametrize("victim", ["replica.0", "router", "tokenizer.0"])
+def test_a_killed_process_fails_its_requests_at_once_and_is_replaced(victim: str) -> None:
+    with Engine("demo", chip="null") as engine:
+        reader = Reader(engine, [1, 2, 3])
+        began_s = time.monotonic()
+        os.kill(pid_of(engine, victim), signal.SIGKILL)
+
+        assert reader.ended.wait(10)
+        took_s = time.monotonic() - began_s
+        reader.thread.join()
+        assert isinstance(reader.error, errors.WorkerDied), reader.error
+        assert took_s < 10, f"the error came after {took_s} s"
+        eventually(lambda: incarnation_of(engine, victim) == (2, "ready"), f"{victim} is ready again")
+        assert engine.generate([1, 2, 3], SHORT)[0].finished
+        assert engine.statistics().restarts >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("E1")
+def test_a_killed_chip_is_replaced_and_its_requests_go_on() -> None:
+    with Engine("demo", chip="null") as engine:
+        undisturbed = [t for d in engine.stream([1, 2, 3], LONG) for t in d.outputs[0].token_ids]
+        reader = Reader(engine, [1, 2, 3])
+        os.kill(pid_of(engine, "chip.0.0"), signal.SIGKILL)
+
+        assert reader.ended.wait(20)
+        reader.thread.join()
+        assert reader.error is None
+        assert reader.tokens == undisturbed
+        assert incarnation_of(engine, "chip.0.0") == (2, "ready")
+        assert incarnation_of(engine, "replica.0") == (1, "ready")
+        statistics = engine.statistics()
+        assert statistics.pages_free == statistics.pages_total
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("E12")
+def test_the_other_replica_does_not_notice() -> None:
+    with Engine("demo", chip="null", data_parallel_size=2) as engine:
+        readers = [Reader(engine, [1, 2, 3]), Reader(engine, [1, 2, 3])]
+        os.kill(pid_of(engine, "replica.1"), signal.SIGKILL)
+
+        assert all(reader.ended.wait(20) for reader in readers)
+        for reader in readers:
+            reader.thread.join()
+        assert sorted(type(reader.error).__name__ for reader in readers) == ["NoneType", "WorkerDied"]
+
+
+@pytest.mark.guarantee("E4")
+def test_a_killed_supervisor_is_engine_dead_not_a_hang() -> None:
+    with Engine("demo", chip="null") as engine:
+        reader = Reader(engine, [1, 2, 3])
+        os.kill(pid_of(engine, "supervisor"), signal.SIGKILL)
+
+        assert reader.ended.wait(10)
+        reader.thread.join()
+        assert isinstance(reader.error, errors.EngineDead)
+        with pytest.raises(errors.EngineDead):
+            engine.generate([1], SHORT)
+
+
+@pytest.mark.guarantee("E5")
+def test_a_child_that_keeps_dying_is_given_up_with_a_typed_error() -> None:
+    with Engine("demo", chip="null", max_restarts=1) as engine:
+        for life in (1, 2):
+            eventually(lambda n=life: incarnation_of(engine, "chip.0.0") == (n, "ready"), "the chip is up")  # type: ignore[misc]
+            os.kill(pid_of(engine, "chip.0.0"), signal.SIGKILL)
+        eventually(lambda: incarnation_of(engine, "chip.0.0")[1] == "gone", "the group was given up")
+
+        with pytest.raises((errors.RestartLimit, errors.EngineDead)):
+            engine.generate([1], SHORT)
+
+
+HOST = """
+import sys
+from chipbus import Engine, SamplingParams
+engine = Engine("demo", chip="null", data_parallel_size=2)
+stream = engine.stream([1, 2], SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True))
+next(stream)
+print(engine._runtime._run_dir.path, *[record.pid for record in engine.tree()], flush=True)
+for _ in stream:
+    pass
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("E3")
+@pytest.mark.parametrize("stopped", [None, "supervisor"])
+def test_a_killed_host_application_leaves_nothing(stopped: str | None) -> None:
+    before = run_directories()
+    host = subprocess.Popen([sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert host.stdout is not None
+    assert host.stdin is not None
+    line = host.stdout.readline().split()
+    pids = [int(word) for word in line[1:]]
+    descendants = [process.pid for process in psutil.Process(host.pid).children(recursive=True)]
+    assert set(pids) <= set(descendants)
+    if stopped:
+        os.kill(pids[0], signal.SIGSTOP)
+
+    host.kill()
+    host.wait(10)
+    host.stdout.close()
+    host.stdin.close()
+
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in descendants), "every descendant is gone")
+    eventually(lambda: run_directories() <= before, "the run directory is gone")
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("E7")
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.15, 0.4, 1.0])
+def test_ctrl_c_at_any_moment_leaves_nothing(after_s: float) -> None:
+    before = run_directories()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(after_s + 0.01)  # let it get somewhere
+    parent = psutil.Process(process.pid)
+    seen = [child.pid for child in parent.children(recursive=True)]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in seen), "every descendant is gone")
+    eventually(lambda: run_directories() <= before, "the run directory is gone")

@@ -1,0 +1,38 @@
+"""Helpers for tests of whole processes: what is alive, and waiting for a condition with a deadline."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+def run_directories() -> set[str]:
+    """Engines' run directories on this machine, wherever they are made."""
+    homes = {tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())}
+    return {str(path) for home in homes for path in Path(home).glob("chipbus-*")}
+
+
+def our_processes() -> set[int]:
+    """Living processes of any engine started below this test process."""
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def eventually(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
+    """Poll ``condition`` until it holds; fail naming ``what`` after ``within_s``."""
+    deadline_s = time.monotonic() + within_s
+    waiter = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"not within {within_s:g} s: {what}")
+        waiter.wait(0.01)

@@ -1,0 +1,1 @@
+"""Programs on top: ``bus-run``, ``bus-replay``, settings, benchmarks, the page of flags."""

@@ -1,0 +1,117 @@
+"""The commands of ``bus-run``: what each takes, and which module does it. Modules are loaded when their command runs.
+
+Owns: nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import HELP, engine_options, resolved_from, sampling_from, sampling_options, with_traceback
+
+__all__ = ["bus_run"]
+
+
+@click.group(context_settings=HELP)
+@click.version_option(package_name="chipbus")
+def bus_run() -> None:
+    """Serve a language model from supervised processes on the chips of this host.
+
+    Settings come from flags, CHIPBUS_* variables, a --config TOML file and defaults, in this order.
+    Exit codes: 0 fine, 1 run failed, 2 wrong usage or configuration, 130 interrupted.
+    """
+
+
+@bus_run.command(context_settings=HELP)
+@click.option(
+    "-p", "--prompt", "prompts", metavar="TEXT", multiple=True,
+    help="Text to continue; may be repeated, '-' reads one prompt from stdin. The demo model has one of its own.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt, one per line.")
+@sampling_options
+@engine_options
+@with_traceback
+def generate(prompts: tuple[str, ...], as_json: bool, print_config: bool, **options: Any) -> None:
+    """Continue prompts with MODEL, a Hugging Face directory or 'demo'. Greedy unless --temperature is given."""
+    from .generate import generate as run
+    from .generate import read_prompts
+
+    resolved = resolved_from(options)
+    params = sampling_from(options)
+    if print_config:
+        click.echo(resolved.as_toml())
+        return
+    run(resolved.config, read_prompts(prompts, resolved.config.model), params, as_json=as_json)
+
+
+@bus_run.command(context_settings=HELP)
+@engine_options
+@with_traceback
+def check(print_config: bool, **options: Any) -> None:
+    """Validate settings and MODEL without starting anything; print the placement and the memory it needs."""
+    from .check import check as run
+
+    resolved = resolved_from(options)
+    click.echo(resolved.as_toml() if print_config else run(resolved.config))
+
+
+@bus_run.group(context_settings=HELP)
+def bench() -> None:
+    """Measure on this machine. Figures of different runs differ; compare only within one."""
+
+
+@bench.command("kernels", context_settings=HELP)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--line-server", is_flag=True, help="print 'ready', then answer 'decode B' and 'prefill T' with seconds")
+@click.option("--threads", type=click.IntRange(1), help="compute threads; default: all cores")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="measured; one more goes before")
+@with_traceback
+def bench_kernels(checkpoint: Path, line_server: bool, threads: int | None, rounds: int) -> None:
+    """Tokens per second of CHECKPOINT's programs on one cpu chip in this process, without bus and actors."""
+    from .benchmarks import kernel_lines, kernels
+
+    if line_server:
+        kernel_lines(checkpoint, threads=threads)
+    else:
+        kernels(checkpoint, rounds=rounds, threads=threads)
+
+
+@bench.command("engine", context_settings=HELP)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="requests at once")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="per request")
+@click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="generated per request")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="measured; one more goes before")
+@engine_options
+@with_traceback
+def bench_engine(batch: int, prompt_tokens: int, tokens: int, rounds: int, print_config: bool, **options: Any) -> None:
+    """Engine overhead (the part of a step that is not chip time) and tokens per second of MODEL."""
+    from .benchmarks import engine
+
+    resolved = resolved_from(options)
+    if print_config:
+        click.echo(resolved.as_toml())
+        return
+    engine(resolved.config, batch=batch, prompt_tokens=prompt_tokens, tokens=tokens, rounds=rounds)
+
+
+@bench.command("start", context_settings=HELP)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="of each, interleaved")
+@with_traceback
+def bench_start(rounds: int) -> None:
+    """Whole-process times: a bare interpreter, import chipbus, import torch, bus-run generate to its first token."""
+    from .benchmarks import start
+
+    start(rounds)
+
+
+@bench.command("bus", context_settings=HELP)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="of each, interleaved")
+@with_traceback
+def bench_bus(rounds: int) -> None:
+    """Round trip of an ask between two node processes, against bare pyzmq sockets in the same run."""
+    from .benchmarks import bus
+
+    bus(rounds)

@@ -1,0 +1,22 @@
+"""WHERE things are: how many replicas on how many chips, which layers where. Pure data, no processes, no sockets."""
+
+from __future__ import annotations
+
+from .devices import CHIP_KINDS, Device, default_devices, parse_devices
+from .parallel import MAX_CHIPS, ParallelConfig
+from .placement import ChipPlace, ReplicaPlace, Topology
+from .spans import LayerSpan, LayerSplit
+
+__all__ = [
+    "CHIP_KINDS",
+    "MAX_CHIPS",
+    "ChipPlace",
+    "Device",
+    "LayerSpan",
+    "LayerSplit",
+    "ParallelConfig",
+    "ReplicaPlace",
+    "Topology",
+    "default_devices",
+    "parse_devices",
+]
