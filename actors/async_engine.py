@@ -15,8 +15,9 @@ from .engine import as_prompts, as_turns
 from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
 from .plan import plan_engine
+from .process_tree import close_when_forgotten
 from .request import RequestState
-from .runtime import Prompt, Runtime, close_when_forgotten
+from .runtime import Prompt, Runtime
 from .sampling import SamplingParams
 
 __all__ = ["AsyncEngine"]
@@ -116,7 +117,7 @@ class AsyncEngine:
             runtime = await start
             await asyncio.to_thread(runtime.close)
             raise
-        close_when_forgotten(self, self._started)
+        close_when_forgotten(self, self._started.processes)
         return self
 
     async def __aexit__(

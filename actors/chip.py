@@ -18,10 +18,27 @@ from typing import Any, Protocol
 import attrs
 import msgspec
 
-from ..bus import Actor, Call, Progress, Ready, handles
-from ..errors import ChipbusError, KernelError
+from ..bus import Actor, Call, Failure, Progress, Ready, failure_of, handles
+from ..errors import ChipbusError, KernelError, TaskAborted
 from ..kernels.chips import Chip, open_chip
-from .messages.launching import AllocTensor, Completion, Dispatch, Done, FreeTensor, RegisterProgram
+from ..kernels.null import Fault
+from .messages.launching import (
+    AllocTensor,
+    ChipReport,
+    ChipReportRequest,
+    Completion,
+    Copied,
+    CopyFrom,
+    CopyTo,
+    Described,
+    DescribeGraph,
+    Done,
+    FreeTensor,
+    Launch,
+    Launched,
+    RegisterProgram,
+    UnregisterProgram,
+)
 from .messages.tree import StartError
 
 __all__ = ["ChipActor", "Compute", "InlineCompute", "ThreadCompute"]
@@ -97,7 +114,7 @@ class InlineCompute:
         job, on_done = self._waiting.popleft()
         self._is_busy = True
         value, error = _attempt(job)
-        cost_s = value.device_ns / 1e9 if isinstance(value, Completion) else 0.0
+        cost_s = sum(c.device_ns for c in value.completions) / 1e9 if isinstance(value, Launched) else 0.0
 
         def end() -> None:
             self._is_busy = False
@@ -115,6 +132,7 @@ class ChipConfig:
     device: str  # "cpu:0", "null:1"
     threads: int
     inline: bool = False  # run jobs on the bus thread, in modelled time (one-process system)
+    faults: tuple[Fault, ...] = ()  # of a null chip
 
 
 class ChipActor(Actor):
@@ -125,6 +143,9 @@ class ChipActor(Actor):
         self._chip: Chip | None = None  # the compute thread's, once it has opened it
         self._compute: Compute | None = None
         self._jobs_done = 0
+        # Written by the compute thread, each in one assignment, and read by the bus thread:
+        self._running: tuple[str, int] | None = None  # what, and since when on the bus clock
+        self._committed_bytes = 0
 
     def on_start(self) -> None:
         """Open the chip on the thread that will use it, then report ready."""
@@ -148,7 +169,7 @@ class ChipActor(Actor):
 
     def open_chip(self) -> Chip:
         """The chip this worker owns; called on the compute thread."""
-        return open_chip(self.config.device, self.config.threads)
+        return open_chip(self.config.device, self.config.threads, self.config.faults)
 
     def on_stop(self) -> None:
         """Let the running job end, then give the chip back. A job that never ends is the supervisor's to kill."""
@@ -169,7 +190,13 @@ class ChipActor(Actor):
     @handles(RegisterProgram)
     def _register(self, message: RegisterProgram, call: Call) -> None:
         program = message.program
-        self._run(call, lambda chip: chip.register(program), "register", {"program": msgspec.msgpack.encode(program)})
+        fields = {"program": msgspec.msgpack.encode(program)}
+        self._run(call, f"register {program.name}", lambda chip: chip.register(program), "register", fields)
+
+    @handles(UnregisterProgram)
+    def _unregister(self, message: UnregisterProgram, call: Call) -> None:
+        digest = message.program
+        self._run(call, "unregister", lambda chip: chip.unregister(digest), "unregister", {"program": digest})
 
     @handles(AllocTensor)
     def _alloc(self, message: AllocTensor, call: Call) -> None:
@@ -178,43 +205,120 @@ class ChipActor(Actor):
             self.ctx.call_soon_threadsafe(lambda: call.item(item))
 
         tensor = message.tensor
-        self._run(call, lambda chip: chip.alloc(tensor, report), "alloc", {"tensor": msgspec.msgpack.encode(tensor)})
+        fields = {"tensor": msgspec.msgpack.encode(tensor)}
+        self._run(call, f"alloc {tensor.resident}", lambda chip: chip.alloc(tensor, report), "alloc", fields)
 
     @handles(FreeTensor)
     def _free(self, message: FreeTensor, call: Call) -> None:
         resident = message.resident
-        self._run(call, lambda chip: chip.free(resident), "free", {"resident": resident})
+        self._run(call, f"free {resident}", lambda chip: chip.free(resident), "free", {"resident": resident})
 
-    def _run(self, call: Call, verb: Callable[[Chip], None], kind: str, fields: dict[str, Any]) -> None:
+    @handles(CopyTo)
+    def _copy_to(self, message: CopyTo, call: Call) -> None:
+        resident, value = message.resident, message.value
+        fields = {"resident": resident, "value": msgspec.msgpack.encode(value)}
+        self._run(call, f"copy to {resident}", lambda chip: chip.copy_to(resident, value), "copy_to", fields)
+
+    @handles(CopyFrom)
+    def _copy_from(self, message: CopyFrom, call: Call) -> None:
+        resident = message.resident
+
+        def job() -> Copied:
+            assert self._chip is not None
+            self._running = (f"copy from {resident}", self.ctx.clock.now_ns())
+            return Copied(self._chip.copy_from(resident))
+
+        self._submit(call, job, "copy_from", lambda _: [("copy_from", {"resident": resident})])
+
+    @handles(DescribeGraph)
+    def _describe(self, message: DescribeGraph, call: Call) -> None:
+        def job() -> Described:
+            assert self._chip is not None
+            return Described(self._chip.describe(message.graph))
+
+        self._submit(call, job, "describe", lambda _: [])
+
+    def _run(self, call: Call, what: str, verb: Callable[[Chip], None], kind: str, fields: dict[str, Any]) -> None:
         """Run a verb that answers ``Done``."""
 
         def job() -> Done:
             began = time.perf_counter()
             assert self._chip is not None
+            self._running = (what, self.ctx.clock.now_ns())
             verb(self._chip)
-            return Done(seconds=time.perf_counter() - began, resident_bytes=self._chip.resident_bytes)
+            self._committed_bytes = self._chip.resident_bytes
+            return Done(seconds=time.perf_counter() - began, resident_bytes=self._committed_bytes)
 
-        self._submit(call, job, kind, lambda _: fields)
+        self._submit(call, job, kind, lambda _: [(kind, fields)])
 
-    @handles(Dispatch)
-    def _dispatch(self, message: Dispatch, call: Call) -> None:
+    @handles(Launch)
+    def _launch(self, message: Launch, call: Call) -> None:
         digest = self.ctx.ledger is not None
 
-        def job() -> Completion:
-            assert self._chip is not None
-            return self._chip.launch(message, digest=digest)
+        def job() -> Launched:
+            return self._launch_all(message, digest=digest)
 
-        def fields(completion: Any) -> dict[str, Any]:
-            return {
-                "dispatch": msgspec.msgpack.encode(message),
-                "completion": msgspec.msgpack.encode(completion),
-                "step_id": message.step_id,
-                "trace_id": call.trace_id.hex(),
-            }
+        def entries(launched: Launched) -> list[tuple[str, dict[str, Any]]]:
+            failures = dict(launched.failures)
+            completions = iter(launched.completions)
+            trace_id = call.trace_id.hex()
+            return [
+                ("failed", {"command": "dispatch", "error": failures[i].text, "trace_id": trace_id})
+                if i in failures
+                else (
+                    "dispatch",
+                    {
+                        "dispatch": msgspec.msgpack.encode(dispatch),
+                        "completion": msgspec.msgpack.encode(next(completions)),
+                        "step_id": dispatch.step_id,
+                        "trace_id": trace_id,
+                    },
+                )
+                for i, dispatch in enumerate(message.dispatches)
+            ]
 
-        self._submit(call, job, "dispatch", fields)
+        self._submit(call, job, "launch", entries)
 
-    def _submit(self, call: Call, job: Job, kind: str, fields: Callable[[Any], dict[str, Any]]) -> None:
+    def _launch_all(self, message: Launch, *, digest: bool) -> Launched:
+        """Every dispatch in order, except those that depend on a failed one. On the compute thread."""
+        chip = self._chip
+        assert chip is not None
+        completions: list[Completion] = []
+        failures: dict[int, Failure] = {}
+        for position, dispatch in enumerate(message.dispatches):
+            after = message.after[position] if position < len(message.after) else ()
+            cause = next((failures[before] for before in after if before in failures), None)
+            if cause is not None:
+                aborted = TaskAborted(f"dispatch {dispatch.dispatch_id} was not run").caused_by(cause.text)
+                failures[position] = failure_of(aborted)
+                continue
+            self._running = (f"dispatch {dispatch.dispatch_id}", self.ctx.clock.now_ns())
+            completion, error = _attempt(lambda d=dispatch: chip.launch(d, digest=digest))  # type: ignore[misc]
+            if error is None:
+                completions.append(completion)
+            else:
+                failures[position] = failure_of(error)
+        self._committed_bytes = chip.resident_bytes
+        return Launched(tuple(completions), tuple(failures.items()))
+
+    @handles(ChipReportRequest)
+    def _report(self, _: ChipReportRequest, call: Call) -> None:
+        running = self._running
+        what, since_ns = running or ("", 0)
+        running_s = (self.ctx.clock.now_ns() - since_ns) / 1e9 if running else 0.0
+        call.reply(ChipReport(self._committed_bytes, what, running_s))
+
+    def _submit(
+        self, call: Call, job: Job, kind: str, entries: Callable[[Any], list[tuple[str, dict[str, Any]]]]
+    ) -> None:
+        """Queue a command. ``entries``: what a recorded run notes when it has ended, kind and fields of each."""
+
+        def tracked() -> Any:
+            try:
+                return job()
+            finally:
+                self._running = None
+
         def on_done(value: Any, error: ChipbusError | None) -> None:
             self._jobs_done += 1
             if error is not None:
@@ -224,8 +328,9 @@ class ChipActor(Actor):
                 call.fail(error)
                 return
             if self.ctx.ledger is not None:
-                self.ctx.ledger.append(kind, fields(value))
+                for entry_kind, fields in entries(value):
+                    self.ctx.ledger.append(entry_kind, fields)
             call.reply(value)
 
         assert self._compute is not None
-        self._compute.submit(job, on_done)
+        self._compute.submit(tracked, on_done)

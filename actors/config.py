@@ -66,7 +66,7 @@ class EngineConfig:
     tensor_parallel_size: int = _setting(1, "chips per replica", _whole(1), flags=("--tensor-parallel-size", "-tp"))
     layers: str | None = _setting(None, "layer span, e.g. 0:14 or 14:output", _text)
     devices: str | None = _setting(None, "comma-separated chips, e.g. cpu:0,cpu:1", _text)
-    chip: str = _setting("cpu", "kind of chip: cpu, null (no numerics, modelled time) or cuda", _text)
+    chip: str = _setting("cpu", "kind of chip: cpu, or null (no numerics, modelled time)", _text)
     dtype: str = _setting("bfloat16", "bfloat16 or float32", _one_of("bfloat16", "float32"))
     threads: int | None = _setting(None, "compute threads per chip; default: cores / chips", _whole(1))
     max_model_len: int | None = _setting(None, "context in tokens; default: what model and memory allow", _whole(1))

@@ -15,8 +15,9 @@ from .messages.serving import ChatTurn
 from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
 from .plan import plan_engine
+from .process_tree import close_when_forgotten
 from .request import RequestState
-from .runtime import Prompt, Runtime, close_when_forgotten
+from .runtime import Prompt, Runtime
 from .sampling import SamplingParams
 
 __all__ = ["Engine", "as_prompts", "as_turns"]
@@ -69,7 +70,7 @@ class Engine:
         """``settings`` are the fields of ``EngineConfig``. ``on_progress`` is called on the engine's own thread."""
         config = config_from_mapping({"model": model, **settings})
         self._runtime = Runtime.start(plan_engine(config, topology), on_progress)
-        self._finalizer = close_when_forgotten(self, self._runtime)
+        self._finalizer = close_when_forgotten(self, self._runtime.processes)
 
     def generate(
         self,

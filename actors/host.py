@@ -9,37 +9,18 @@ from collections.abc import Callable
 
 import attrs
 
-from ..bus import Actor, Ask, Progress, handles
-from ..errors import Aborted, ChipbusError, PeerGone, RestartLimit, WorkerDied
+from ..bus import Ask
+from ..errors import Aborted, ChipbusError, PeerGone, WorkerDied
+from .boot import SUPERVISOR
 from .messages.serving import Encoded, Generate, TextDelta, TextDone
-from .messages.tree import (
-    AllReplicaStatistics,
-    ChildRecord,
-    CloseReport,
-    GroupLost,
-    ReplicaStatistics,
-    ReplicaStatisticsRequest,
-    Shutdown,
-    StartFailure,
-    TreeChanged,
-    TreeReady,
-)
+from .messages.tree import AllReplicaStatistics, GroupLost, ReplicaStatistics, ReplicaStatisticsRequest
 from .request import RequestState
+from .tree_actor import TreeActor
 
-__all__ = ["HostActor", "HostEvents"]
+__all__ = ["HostActor"]
 
 TOKENIZER = "tokenizer.0"
 STATISTICS_TIMEOUT_S = 5.0
-
-
-@attrs.frozen(kw_only=True)
-class HostEvents:
-    """What the engine wants to hear, on the bus thread."""
-
-    on_bound: Callable[[], None]
-    on_ready: Callable[[], None]
-    on_dead: Callable[[ChipbusError], None]
-    on_progress: Callable[[Progress], None]
 
 
 @attrs.frozen(eq=False)
@@ -50,21 +31,16 @@ class _Request:
     state: RequestState
 
 
-class HostActor(Actor):
-    """Puts requests on the bus and their answers into ``RequestState``; keeps the tree snapshot."""
+class HostActor(TreeActor):
+    """Puts requests on the bus and their answers into ``RequestState``."""
 
-    def __init__(self, events: HostEvents) -> None:
-        self._events = events
+    def __init__(self) -> None:
+        super().__init__()
         self._requests: dict[str, _Request] = {}
         self._dead: ChipbusError | None = None
         self._statistics_pending = False
-        self.tree: tuple[ChildRecord, ...] = ()  # replaced whole, so other threads may read it
-        self.replicas: tuple[ReplicaStatistics, ...] = ()  # likewise
+        self.replicas: tuple[ReplicaStatistics, ...] = ()  # replaced whole, so other threads may read it
         self.requests_total = 0
-
-    def on_start(self) -> None:
-        """The inbox is bound: the supervisor may be started."""
-        self._events.on_bound()
 
     # Requests.
 
@@ -122,33 +98,10 @@ class HostActor(Actor):
             request.ask.cancel()
             request.state.failed(error)
 
-    # The tree.
-
-    @handles(Progress)
-    def _progress(self, message: Progress, _: object) -> None:
-        self._events.on_progress(message)
-
-    @handles(TreeChanged)
-    def _tree_changed(self, message: TreeChanged, _: object) -> None:
-        self.tree = message.children
-
-    @handles(TreeReady)
-    def _tree_ready(self, message: TreeReady, _: object) -> None:
-        self._events.on_ready()
-
-    @handles(StartFailure)
-    def _start_failure(self, message: StartFailure, _: object) -> None:
-        from .. import errors  # the class travels by name
-
-        kind = getattr(errors, message.error, ChipbusError) if message.error in errors.__all__ else ChipbusError
-        self._events.on_dead(kind(message.text))
-
-    @handles(GroupLost)
-    def _group_lost(self, message: GroupLost, _: object) -> None:
-        self.ctx.log.error("group.lost", child=message.child, reason=message.text)
-        is_replica = any(record.kind in ("replica", "chip") for record in self.tree if record.name == message.child)
-        if not is_replica or not any(r.state != "gone" for r in self.tree if r.kind == "replica"):
-            self._events.on_dead(RestartLimit(f"the engine cannot go on without {message.child}: {message.text}"))
+    def is_fatal(self, lost: GroupLost) -> bool:
+        """Tokenizer and router have no substitute; a replica has, as long as another one is left."""
+        is_replica = any(record.kind in ("replica", "chip") for record in self.tree if record.name == lost.child)
+        return not is_replica or not any(r.state != "gone" for r in self.tree if r.kind == "replica")
 
     def refresh_statistics(self, on_done: Callable[[ChipbusError | None], None] | None) -> None:
         """Ask the replicas for their statistics; without ``on_done`` at most one such question is under way."""
@@ -169,14 +122,5 @@ class HostActor(Actor):
                 on_done(error)
 
         self.ctx.ask(
-            "supervisor", ReplicaStatisticsRequest(), timeout_s=STATISTICS_TIMEOUT_S, on_reply=on_reply, on_error=finish
+            SUPERVISOR, ReplicaStatisticsRequest(), timeout_s=STATISTICS_TIMEOUT_S, on_reply=on_reply, on_error=finish
         )
-
-    def shut_down(self, budget_s: float, on_report: Callable[[CloseReport | ChipbusError], None]) -> None:
-        """Ask the supervisor to stop everything within ``budget_s``."""
-
-        def on_reply(reply: object) -> None:
-            assert isinstance(reply, CloseReport)
-            on_report(reply)
-
-        self.ctx.ask("supervisor", Shutdown(budget_s), timeout_s=budget_s + 1, on_reply=on_reply, on_error=on_report)

@@ -29,6 +29,7 @@ __all__ = [
     "AskStop",
     "Begin",
     "Child",
+    "ChildCondemned",
     "ChildDied",
     "ChildFailed",
     "ChildLinked",
@@ -190,6 +191,15 @@ class ChildReady:
 
 
 @attrs.frozen
+class ChildCondemned:
+    """Whoever uses the child says that it is of no use any more."""
+
+    name: str
+    incarnation: int
+    reason: str
+
+
+@attrs.frozen
 class ChildFailed:
     """The child says that it cannot start. ``error``: class name in chipbus.errors."""
 
@@ -225,7 +235,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = Begin | ChildLinked | ChildReady | ChildFailed | ChildDied | StopAll | Tick
+Event = Begin | ChildLinked | ChildReady | ChildFailed | ChildCondemned | ChildDied | StopAll | Tick
 
 
 # Actions.
@@ -311,6 +321,8 @@ def step(tree: Tree, event: Event, now_s: float) -> tuple[Tree, tuple[Action, ..
             turn.ready(name, incarnation)
         case ChildFailed(name, incarnation, error, text):
             turn.failed(name, incarnation, error, text)
+        case ChildCondemned(name, incarnation, reason):
+            turn.condemned(name, incarnation, reason)
         case ChildDied(name, incarnation):
             turn.died(event)
         case StopAll(budget_s):
@@ -383,6 +395,11 @@ class _Turn:
             self._fail_start(name, error, text)
         else:
             self._kill_faulty(name, text)
+
+    def condemned(self, name: str, incarnation: int, reason: str) -> None:
+        child = self._current(name, incarnation)
+        if child is not None and child.status is Status.READY:
+            self._kill_faulty(name, reason)
 
     def died(self, event: ChildDied) -> None:
         child = self._current(event.name, event.incarnation)

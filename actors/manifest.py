@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
 import msgspec
 
 from ..errors import ConfigError
-from .plan import EnginePlan
 
 __all__ = ["RECORD_FORMAT", "RunManifest", "write_manifest"]
 
@@ -26,13 +26,18 @@ class RunManifest:
     chipbus_version: str
     created_unix_s: float
     machine: str
-    model_dir: str
+    model_dir: str  # empty: no model was served
     fingerprint: str  # of the checkpoint, as kernels.qwen3.model computes it
     config: dict[str, str | int | float | None]
 
 
-def write_manifest(directory: Path, plan: EnginePlan) -> None:
-    """Make ``directory`` a fresh record. Raises ``ConfigError`` if it holds one already: records are append-only."""
+def write_manifest(
+    directory: Path, config: Mapping[str, object], *, model_dir: str = "", fingerprint: str = ""
+) -> None:
+    """Make ``directory`` a fresh record. Raises ``ConfigError`` if it holds one already: records are append-only.
+
+    A run without a model (of an L3 worker) has neither directory nor fingerprint.
+    """
     from importlib.metadata import version
 
     manifest = RunManifest(
@@ -40,12 +45,11 @@ def write_manifest(directory: Path, plan: EnginePlan) -> None:
         chipbus_version=version("chipbus"),
         created_unix_s=time.time(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        model_dir=str(plan.model_dir),
-        fingerprint=plan.spec.fingerprint,
+        model_dir=model_dir,
+        fingerprint=fingerprint,
         config={
-            field.name: value if isinstance(value, (str, int, float, type(None))) else str(value)
-            for field in attrs.fields(type(plan.config))
-            for value in [getattr(plan.config, field.name)]
+            name: value if isinstance(value, (str, int, float, type(None))) else str(value)
+            for name, value in config.items()
         },
     )
     try:

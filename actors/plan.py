@@ -20,7 +20,7 @@ from ..topology import ChipPlace, ReplicaPlace, Topology
 from .boot import Boot, ChildSpec
 from .config import EngineConfig
 
-__all__ = ["DEMO_MODEL", "EnginePlan", "plan_engine"]
+__all__ = ["DEMO_MODEL", "EnginePlan", "model_directory", "plan_engine"]
 
 DEMO_MODEL = "demo"
 TOKENIZER = "tokenizer.0"
@@ -119,9 +119,9 @@ class EnginePlan:
             start_timeout_s=self.config.start_timeout_s,
         )
 
-    def write_boot(self, run_dir: Path) -> Path:
-        """Write the supervisor's boot file into the run directory; its path."""
-        boot = Boot(
+    def boot(self, run_dir: Path) -> Boot:
+        """What the supervisor is told."""
+        return Boot(
             run_dir=str(run_dir),
             host_pid=os.getpid(),
             children=self.children(),
@@ -131,12 +131,11 @@ class EnginePlan:
             seed=self.config.seed,
             log_level=self.config.log_level,
         )
-        return boot.write()
 
 
 def plan_engine(config: EngineConfig, topology: Topology | None = None) -> EnginePlan:
     """Check settings, model, placement and memory together. Raises ``ConfigError`` and its subclasses."""
-    model_dir = _model_directory(config.model)
+    model_dir = model_directory(config.model)
     spec = ModelSpec.from_directory(model_dir, config.dtype)
     if topology is None:
         topology = Topology.of(
@@ -149,6 +148,12 @@ def plan_engine(config: EngineConfig, topology: Topology | None = None) -> Engin
         )
     else:
         _check_agreement(config, topology)
+    for chip in topology.chips:
+        if chip.device.kind == "cuda":
+            raise ConfigError(
+                f"device {chip.device} runs tile programs (L3Worker), but serves no model in this version; use cpu:"
+                " the kernels of the Qwen3 programs are the cpu chip's"
+            )
     replicas = len(topology.replicas)
     limits = _limits(config, spec, replicas)
     check_memory(spec, limits, replicas)
@@ -163,7 +168,8 @@ def plan_engine(config: EngineConfig, topology: Topology | None = None) -> Engin
     )
 
 
-def _model_directory(model: str) -> Path:
+def model_directory(model: str) -> Path:
+    """Where a model is: the directory named, or with ``DEMO_MODEL`` the one that ships with the package."""
     if model == DEMO_MODEL:
         return Path(str(files("chipbus").joinpath("demo")))
     return Path(model).expanduser().absolute()

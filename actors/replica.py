@@ -9,16 +9,20 @@ Thread: the bus loop. No torch: the core only describes work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import msgspec
 
 from ..bus import Actor, Call, Progress, Ready, handles, pack_tokens, unpack_tokens
-from ..errors import ChipbusError, PeerGone, WorkerDied
+from ..errors import ChipbusError, WorkerDied, WorkerLost
+from ..kernels.dispatch import Completion
 from ..kernels.qwen3.model import ModelSpec
 from ..kernels.qwen3.step import Limits, ModelPrograms, build_step, read_step
-from .messages.launching import AllocTensor, Completion, Dispatch, Done, RegisterProgram
+from .boot import SUPERVISOR
+from .lane import ChipLane, Outcome
+from .messages.launching import AllocTensor, RegisterProgram
 from .messages.serving import LogprobRow, Submit, TokenDelta, TokensDone
 from .messages.tree import ReplicaStatistics, ReplicaStatisticsRequest, StartError
 from .scheduler import Batch, Scheduler, SchedulerConfig, TokenEvent
@@ -57,14 +61,12 @@ class _Serving:
     first_token_ns: int = 0
 
 
-@attrs.define(eq=False)
+@attrs.frozen(eq=False)
 class _Step:
     """The step on the chip."""
 
     batch: Batch
     began_ns: int
-    completions: list[Completion | None]
-    missing: int
 
 
 class ReplicaActor(Actor):
@@ -74,14 +76,13 @@ class ReplicaActor(Actor):
         self.config = msgspec.convert(config, ReplicaConfig)
         self._serving: dict[str, _Serving] = {}
         self._step: _Step | None = None
-        self._is_chip_ready = False
-        self._is_refused = False
         self._is_reported_ready = False
         self._next_dispatch_id = 1
         self._steps = self._tokens_generated = self._prompt_tokens = self._step_ns = self._device_ns = 0
 
     def on_start(self) -> None:
         """Read the model's description; the chip follows when it is up."""
+        self._began_ns = self.ctx.clock.now_ns()
         spec = ModelSpec.from_directory(self.config.model_dir, self.config.dtype)
         self._programs = ModelPrograms.build(spec, self.config.limits)
         self._scheduler = Scheduler(
@@ -93,19 +94,36 @@ class ReplicaActor(Actor):
                 eos_token_ids=spec.eos_token_ids,
             )
         )
+        self._lane = ChipLane(
+            self.ctx,
+            self.config.chip,
+            depth=1,  # a step is decided from the tokens of the one before it
+            launch_timeout_s=self.config.step_timeout_s,
+            command_timeout_s=self.config.load_timeout_s,
+            prepare=lambda: [
+                *map(RegisterProgram, self._programs.programs),
+                *map(AllocTensor, self._programs.tensors),
+            ],
+            on_ready=self._chip_is_ready,
+            on_lost=self._chip_is_lost,
+            on_refused=self._chip_refused,
+            on_progress=self._relay_progress,
+        )
 
     # The chip: made ready whenever it comes up, given up when it goes.
 
     def on_peer_up(self, name: str) -> None:
-        """A (new) chip worker knows nothing yet."""
+        """The chip worker is up; a router or supervisor needs nothing from here."""
         if name == self.config.chip:
-            self._make_resident()
+            self._lane.peer_up()
 
     def on_peer_down(self, name: str, reason: str) -> None:
-        """The chip died, and the KV cache with it: compute prompts and tokens so far again on the next one."""
-        if name != self.config.chip:
-            return
-        self._is_chip_ready = False
+        """The chip worker is gone; for any other the bus has done what there is to do."""
+        if name == self.config.chip:
+            self._lane.peer_down(reason)
+
+    def _chip_is_lost(self, lost: WorkerLost) -> None:
+        """The KV cache went with the chip: compute prompts and tokens so far again on the next one."""
         step, self._step = self._step, None
         if step is not None:
             for row in step.batch.record.rows:
@@ -113,53 +131,26 @@ class ReplicaActor(Actor):
                 if serving is not None:
                     serving.chip_deaths += 1
                     if serving.chip_deaths >= MAX_CHIP_DEATHS:
-                        self._fail(
-                            row.request_id, WorkerDied(f"{name} died {MAX_CHIP_DEATHS} times under it: {reason}")
-                        )
+                        times = f"{self.config.chip} died {MAX_CHIP_DEATHS} times under it"
+                        self._fail(row.request_id, WorkerDied(f"{times}: {lost}"))
             self._scheduler.drop(step.batch)
         self._scheduler.lose_pages()
 
-    def _make_resident(self) -> None:
-        """Register every program, then allocate every tensor. The chip runs them in order: the last answer is all."""
-        began_ns = self.ctx.clock.now_ns()
-        programs, tensors = self._programs.programs, self._programs.tensors
-        commands = [*map(RegisterProgram, programs), *map(AllocTensor, tensors)]
-        missing = len(commands)
-
-        def on_reply(reply: object) -> None:
-            nonlocal missing
-            missing -= 1
-            if not missing:
-                assert isinstance(reply, Done)
-                self._chip_is_ready((self.ctx.clock.now_ns() - began_ns) / 1e9, reply.resident_bytes)
-
-        for command in commands:
-            self.ctx.ask(
-                self.config.chip,
-                command,
-                timeout_s=self.config.load_timeout_s,
-                on_reply=on_reply,
-                on_error=self._chip_refused,
-                on_item=self._relay_progress,
-            )
-
-    def _relay_progress(self, item: object) -> None:
-        if isinstance(item, Progress) and not self._is_reported_ready:
-            self.ctx.tell("supervisor", item)
+    def _relay_progress(self, item: Progress) -> None:
+        if not self._is_reported_ready:
+            self.ctx.tell(SUPERVISOR, item)
 
     def _chip_refused(self, error: ChipbusError) -> None:
-        if isinstance(error, PeerGone) or self._is_refused:
-            return  # on_peer_down says it too; or the first refusal has been told already
-        self._is_refused = True
         self.ctx.log.error("chip.refused", chip=self.config.chip, error=str(error))
         # Without weights there is no replica. The supervisor ends this life, in the chip's own words.
-        self.ctx.tell("supervisor", StartError(type(error).__name__, str(error)))
+        self.ctx.tell(SUPERVISOR, StartError(type(error).__name__, str(error)))
 
-    def _chip_is_ready(self, seconds: float, resident_bytes: int) -> None:
-        self._is_chip_ready = True
+    def _chip_is_ready(self) -> None:
         if not self._is_reported_ready:
             self._is_reported_ready = True
-            self.ctx.tell("supervisor", Ready(seconds=seconds, detail=f"{resident_bytes / 2**20:.0f} MiB resident"))
+            seconds = (self.ctx.clock.now_ns() - self._began_ns) / 1e9
+            detail = f"{self._lane.committed_bytes / 2**20:.0f} MiB resident"
+            self.ctx.tell(SUPERVISOR, Ready(seconds=seconds, detail=detail))
         self._launch()
 
     # Requests.
@@ -185,7 +176,7 @@ class ReplicaActor(Actor):
 
     def _launch(self) -> None:
         """Start the next step, unless one is on the chip or there is no chip."""
-        if self._step is not None or not self._is_chip_ready:
+        if self._step is not None or not self._lane.has_credit:
             return
         batch = self._scheduler.next_batch()
         if batch is None:
@@ -196,33 +187,20 @@ class ReplicaActor(Actor):
             serving.first_step_ns = serving.first_step_ns or now_ns
         dispatches = build_step(self._programs, batch.step, self._next_dispatch_id)
         self._next_dispatch_id += len(dispatches)
-        self._step = _Step(batch, now_ns, [None] * len(dispatches), len(dispatches))
+        self._step = step = _Step(batch, now_ns)
         self._record(batch)
         trace_id = self._serving[batch.record.rows[0].request_id].call.trace_id
-        for position, dispatch in enumerate(dispatches):
-            self._ask_chip(self._step, position, dispatch, trace_id)
+        after = [[*range(position)][-1:] for position in range(len(dispatches))]  # each works on what the last one left
+        self._lane.launch(dispatches, after, lambda outcomes: self._ended(step, outcomes), trace_id)
 
-    def _ask_chip(self, step: _Step, position: int, dispatch: Dispatch, trace_id: bytes) -> None:
-        def on_reply(reply: object) -> None:
-            if self._step is step:
-                assert isinstance(reply, Completion)
-                step.completions[position] = reply
-                step.missing -= 1
-                if not step.missing:
-                    self._finish_step(step)
-
-        def on_error(error: ChipbusError) -> None:
-            if self._step is step and not isinstance(error, PeerGone):  # a dead chip is on_peer_down's
-                self._step_failed(step, error)
-
-        self.ctx.ask(
-            self.config.chip,
-            dispatch,
-            timeout_s=self.config.step_timeout_s,
-            on_reply=on_reply,
-            on_error=on_error,
-            trace_id=trace_id,
-        )
+    def _ended(self, step: _Step, outcomes: Sequence[Outcome]) -> None:
+        error = next((outcome for outcome in outcomes if isinstance(outcome, ChipbusError)), None)
+        if isinstance(error, WorkerLost):
+            return  # on_lost says it, and is about more than this step
+        if error is not None:
+            self._step_failed(step, error)
+        else:
+            self._finish_step(step, [outcome for outcome in outcomes if isinstance(outcome, Completion)])
 
     def _step_failed(self, step: _Step, error: ChipbusError) -> None:
         """A dispatch failed: its requests fail with the chip's words, the others go on."""
@@ -233,8 +211,7 @@ class ReplicaActor(Actor):
         self._scheduler.drop(step.batch)
         self._launch()
 
-    def _finish_step(self, step: _Step) -> None:
-        completions = [completion for completion in step.completions if completion is not None]
+    def _finish_step(self, step: _Step, completions: Sequence[Completion]) -> None:
         tokens = read_step(step.batch.step, completions)
         now_ns = self.ctx.clock.now_ns()
         self._steps += 1

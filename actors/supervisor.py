@@ -32,6 +32,7 @@ from .lifecycle import (
     AnnounceStopped,
     AskStop,
     Begin,
+    ChildCondemned,
     ChildDied,
     ChildFailed,
     ChildLinked,
@@ -55,6 +56,7 @@ from .messages.tree import (
     AllReplicaStatistics,
     ChildRecord,
     CloseReport,
+    Condemn,
     GroupLost,
     ReplicaStatistics,
     ReplicaStatisticsRequest,
@@ -187,6 +189,15 @@ class SupervisorActor(Actor):
         life = self._lives.get(self.ctx.sender)
         if life is not None:
             self._feed(ChildFailed(life.name, life.incarnation, message.error, message.text))
+
+    @handles(Condemn)
+    def _condemn(self, message: Condemn, _: Call | None) -> None:
+        spec = self._boot.spec(message.child)
+        if spec is None or self.ctx.sender not in spec.connect:  # only whom it serves may say so
+            self.ctx.log.warning("condemn.refused", child=message.child, sender=self.ctx.sender)
+            return
+        self.ctx.log.error("child.condemned", child=message.child, reason=message.reason)
+        self._feed(ChildCondemned(message.child, message.incarnation, message.reason))
 
     @handles(Progress)
     def _progress(self, message: Progress, _: Call | None) -> None:

@@ -7,7 +7,7 @@ from .clock import Clock, SystemClock, VirtualClock
 from .conversation import Ask, Call
 from .envelope import Lane
 from .ledger import Entry, LedgerReader, LedgerWriter, read_ledger
-from .lifecycle import PeerDown, PeerUp, Ping, Pong, Progress, Ready, Stop
+from .lifecycle import Failure, PeerDown, PeerUp, Ping, Pong, Progress, Ready, Stop, error_of, failure_of
 from .local import LocalSystem
 from .logs import get_logger
 from .node import Node, NodeConfig
@@ -24,6 +24,7 @@ __all__ = [
     "Clock",
     "Context",
     "Entry",
+    "Failure",
     "Lane",
     "LedgerReader",
     "LedgerWriter",
@@ -44,6 +45,8 @@ __all__ = [
     "VirtualClock",
     "decode",
     "encode",
+    "error_of",
+    "failure_of",
     "get_logger",
     "handles",
     "message",

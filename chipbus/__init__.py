@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .actors.async_engine import AsyncEngine as AsyncEngine
     from .actors.config import EngineConfig as EngineConfig
     from .actors.engine import Engine as Engine
+    from .actors.l3 import L3Worker as L3Worker
+    from .actors.l3 import RunConfig as RunConfig
     from .actors.messages.tree import ChildEnd as ChildEnd
     from .actors.messages.tree import ChildRecord as ChildRecord
     from .actors.messages.tree import CloseReport as CloseReport
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from .actors.sampling import SamplingParams as SamplingParams
     from .bus import Progress as Progress
     from .errors import ChipbusError as ChipbusError
+    from .topology import RingRequest as RingRequest
     from .topology import Topology as Topology
 
 _HOME = {
@@ -33,8 +36,11 @@ _HOME = {
     "CompletionOutput": ".actors.outputs",
     "Engine": ".actors.engine",
     "EngineConfig": ".actors.config",
+    "L3Worker": ".actors.l3",
     "Progress": ".bus",
     "RequestOutput": ".actors.outputs",
+    "RingRequest": ".topology",
+    "RunConfig": ".actors.l3",
     "SamplingParams": ".actors.sampling",
     "Statistics": ".actors.outputs",
     "Timing": ".actors.outputs",

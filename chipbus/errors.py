@@ -14,23 +14,41 @@ __all__ = [
     "ChipbusError",
     "ConfigError",
     "ContextTooLong",
+    "CoreException",
     "DeadlineExceeded",
+    "DepPoolOverflow",
+    "DeviceUnusable",
     "EngineClosed",
     "EngineDead",
+    "ExplicitFatal",
+    "FlowControlDeadlock",
+    "HeapRingDeadlock",
+    "InvalidArgs",
     "KernelError",
     "LedgerCorrupt",
     "MailboxFull",
+    "MemoryExhausted",
+    "NumberedError",
     "Overloaded",
     "PeerGone",
     "ReplayDiverged",
     "RequestError",
     "RequestInvalid",
     "RestartLimit",
+    "SchedulerTimeout",
+    "ScopeDeadlock",
     "StaleTensor",
     "StartFailed",
+    "SyncStartInvalid",
+    "TaskAborted",
+    "TensorMapOverflow",
+    "TensorWaitTimeout",
     "TopologyError",
+    "UnknownProgram",
     "WorkerDied",
     "WorkerError",
+    "WorkerLost",
+    "WrongArity",
 ]
 
 
@@ -92,6 +110,153 @@ class StartFailed(WorkerError):
 
 class KernelError(WorkerError):
     """A dispatch failed on its chip: unknown program, wrong argument, a task that raised."""
+
+
+class NumberedError(KernelError):
+    """An error of the task runtime, with the number its users know it by. Each subclass is one row of the table.
+
+    ``str(error)`` is up to three lines: name, number and what failed; what to do; and, for a cascade, the first cause.
+    Numbers, names and meanings follow the simpler and pypto runtimes, so that their users need not learn new ones.
+    """
+
+    code = 0
+    name = "UNNUMBERED"
+    hint = ""
+
+    def __init__(self, detail: str = "") -> None:
+        # An error that crossed the bus arrives as its whole text: it must not be dressed twice.
+        is_whole = detail.startswith(f"{self.name} ({self.code}): ")
+        super().__init__(detail if is_whole else f"{self.name} ({self.code}): {detail}\nhint: {self.hint}")
+
+    @property
+    def detail(self) -> str:
+        """The mechanism, with its numbers: the text without name, hint and first cause."""
+        return str(self).removeprefix(f"{self.name} ({self.code}): ").partition("\nhint: ")[0]
+
+    @property
+    def first_cause(self) -> str:
+        """What failed first, if this error is only fallout of it; else empty."""
+        return str(self).partition("\nfirst cause: ")[2]
+
+    def caused_by(self, first: BaseException | str) -> NumberedError:
+        """The same error, naming the first cause: of a cascade, the error it began with."""
+        first = str(first).rpartition("\nfirst cause: ")[2]
+        return type(self)(f"{str(self).partition(chr(10) + 'first cause: ')[0]}\nfirst cause: {first}")
+
+
+class ScopeDeadlock(NumberedError):
+    """A submit waits for space that only the scope it is in could free. Detected at once, not by a time-out."""
+
+    code, name = 1, "SCOPE_DEADLOCK"
+    hint = "split the scope, or enlarge the named ring parameter"
+
+
+class HeapRingDeadlock(NumberedError):
+    """A scope's heap cannot hold what it is asked to, and nothing that runs would free any of it."""
+
+    code, name = 2, "HEAP_RING_DEADLOCK"
+    hint = "enlarge ring_heap, or put the loop body in a scope of its own"
+
+
+class FlowControlDeadlock(NumberedError):
+    """The task window is full of tasks held by enclosing scopes; nothing that runs would free a slot."""
+
+    code, name = 3, "FLOW_CONTROL_DEADLOCK"
+    hint = "enlarge ring_task_window, or nest fewer scopes around the loop"
+
+
+class DepPoolOverflow(NumberedError):
+    """A task has more dependencies than its ring's pool can ever hold."""
+
+    code, name = 4, "DEP_POOL_OVERFLOW"
+    hint = "enlarge ring_dep_pool, or let fewer tasks produce what one consumes"
+
+
+class InvalidArgs(NumberedError):
+    """Arguments do not fit the program: arity, direction, dtype, shape, residency or ownership. Nothing was run."""
+
+    code, name = 5, "INVALID_ARGS"
+    hint = "fix the call as said above; nothing was run"
+
+
+class WrongArity(InvalidArgs, TypeError):
+    """Wrong number or Python type of arguments. Nothing was run."""
+
+
+class UnknownProgram(InvalidArgs, ValueError):
+    """The program is not registered on this worker. Register it first."""
+
+    hint = "register the program on this worker before it is run"
+
+
+class SyncStartInvalid(NumberedError):
+    """A group asks for more members at once than the worker has chips."""
+
+    code, name = 7, "REQUIRE_SYNC_START_INVALID"
+    hint = "ask for fewer members, or give the worker more devices"
+
+
+class TensorWaitTimeout(NumberedError):
+    """The orchestration waited for a tensor's data longer than allowed. Its producer may still be running."""
+
+    code, name = 8, "TENSOR_WAIT_TIMEOUT"
+    hint = "look at the producer named above: it hangs, or it is slower than the deadline"
+
+
+class ExplicitFatal(NumberedError):
+    """The orchestration ended itself with ``fatal``; its message is the detail."""
+
+    code, name = 9, "EXPLICIT_ORCH_FATAL"
+    hint = "read the message; what was submitted after it was not run"
+
+
+class TensorMapOverflow(NumberedError):
+    """The run's tensor map is full."""
+
+    code, name = 11, "TENSORMAP_OVERFLOW"
+    hint = "use larger tiles, or a manual scope with explicit dependencies"
+
+
+class SchedulerTimeout(NumberedError):
+    """No progress until the deadline: a kernel hangs or is very slow. The chip is replaced."""
+
+    code, name = 100, "SCHEDULER_TIMEOUT"
+    hint = "look at the task named above; raise the timeout if it is only slow"
+
+
+class DeviceUnusable(NumberedError):
+    """The chip failed before and takes no work until it is replaced."""
+
+    code, name = -1, "DEVICE_UNUSABLE"
+    hint = "look at the first cause; the supervisor replaces the worker unless it died too often"
+
+
+class MemoryExhausted(NumberedError, MemoryError):
+    """More memory is asked for than is free. Checked before anything is allocated."""
+
+    code, name = 207001, "MEMORY_ALLOCATION"
+    hint = "make the named size smaller, or free memory on this machine"
+
+
+class CoreException(NumberedError):
+    """An in-core function raised. Everything that depends on its output was not run."""
+
+    code, name = 507015, "CORE_EXCEPTION"
+    hint = "fix the kernel named above; the worker is usable"
+
+
+class WorkerLost(NumberedError, WorkerDied):
+    """A chip worker ended with tasks in flight; resident tensors on it are gone. It is restarted."""
+
+    code, name = 900001, "WORKER_LOST"  # chipbus's own: no upstream number says that the process is gone
+    hint = "run again when the worker is back; allocate and fill its resident tensors again"
+
+
+class TaskAborted(NumberedError):
+    """The task was not run, because one it depends on failed."""
+
+    code, name = 107022, "TASK_ABORT"
+    hint = "look at the first cause"
 
 
 class EngineDead(WorkerError):

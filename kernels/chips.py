@@ -5,16 +5,19 @@ Owns nothing. No torch at import: ``open_chip`` loads it only for a chip that co
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ConfigError
 from .dispatch import Arg, Completion, Dispatch
 from .program import Program, TensorSpec
 
+if TYPE_CHECKING:
+    from .faults import Fault
+
 __all__ = ["CHIP_KINDS", "Chip", "Report", "open_chip"]
 
-CHIP_KINDS = ("cpu", "null")
+CHIP_KINDS = ("cpu", "cuda", "null")
 """Kinds ``open_chip`` knows, as in the device name "cpu:0"."""
 
 Report = Callable[[float, float], None]
@@ -34,13 +37,21 @@ class Chip(Protocol):
         ...
 
     def register(self, program: Program) -> None:
-        """Make ``program`` known under its digest. Again is harmless. An unknown kind is refused."""
+        """Make ``program`` known under its digest. Again is harmless. An unknown kind is refused.
+
+        A tile program's code is loaded from the file it was made from; if that is gone or has changed, it is refused.
+        """
+        ...
+
+    def unregister(self, digest: bytes) -> None:
+        """Forget a program and the graphs made of it. An unknown digest is refused."""
         ...
 
     def alloc(self, tensor: TensorSpec, report: Report | None = None) -> None:
         """Make a tensor of zeros, or a checkpoint's weights, resident. An id in use or not above 0 is refused.
 
-        Raises ``CheckpointError`` if the weights cannot be read or are not those of ``tensor.fingerprint``.
+        Raises ``MemoryExhausted`` with both numbers if more is asked for than is free, ``CheckpointError`` if the
+        weights cannot be read or are not those of ``tensor.fingerprint``.
         """
         ...
 
@@ -57,11 +68,16 @@ class Chip(Protocol):
         ...
 
     def launch(self, dispatch: Dispatch, *, digest: bool = False) -> Completion:
-        """Run a registered program to its end.
+        """Run a registered program to its end. If a task raises, later ones do not run: ``CoreException`` naming it.
 
+        ``dispatch.config`` holds for this launch: the rings its graph is captured with, whether tasks are timed.
         With ``digest``, ``Completion.digests`` holds one blake2b-16 for each OUT or INOUT parameter, in order, over
         exactly the bytes this dispatch wrote: for a KV cache the rows of its tokens, never the whole cache.
         """
+        ...
+
+    def describe(self, graph: str) -> str:
+        """A graph by its name in ``Completion.graph``, as JSON (``diagnosis.RunGraph``). One not kept is refused."""
         ...
 
     def close(self) -> None:
@@ -69,8 +85,11 @@ class Chip(Protocol):
         ...
 
 
-def open_chip(device: str, threads: int) -> Chip:
-    """Open "cpu:0" or "null:0"; ``threads`` is how many the chip computes with. Raises ``ConfigError``."""
+def open_chip(device: str, threads: int, faults: Sequence[Fault] = ()) -> Chip:
+    """Open "cpu:0", "cuda:0" or "null:0"; ``threads`` is how many a cpu chip computes with. Raises ``ConfigError``.
+
+    ``faults``: what goes wrong and when, on a null chip; no other has any to give.
+    """
     kind, _, index = device.partition(":")
     if kind not in CHIP_KINDS or not index.isdecimal():
         raise ConfigError(f"device is {device!r}; it must be one of {', '.join(CHIP_KINDS)}, a colon and a number")
@@ -79,7 +98,13 @@ def open_chip(device: str, threads: int) -> Chip:
     if kind == "null":
         from .null import NullChip
 
-        return NullChip()
-    from .cpu import CpuChip  # imports torch
+        return NullChip(faults)
+    if faults:
+        raise ConfigError(f"faults were given for {device}; only a null chip has any")
+    if kind == "cuda":
+        from .cuda import CudaChip  # imports torch
+
+        return CudaChip(int(index))
+    from .cpu import CpuChip
 
     return CpuChip(threads)

@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arg", "Completion", "Dispatch"]
+__all__ = ["Arg", "Completion", "Dispatch", "LaunchConfig"]
 
 
 @attrs.frozen
@@ -42,16 +42,32 @@ class Arg:
 
 
 @attrs.frozen(kw_only=True)
+class LaunchConfig:
+    """What one dispatch asks for beyond its arguments. It applies to this dispatch only.
+
+    ``rings`` are task window, heap bytes and dependency pool of the four rings (``topology.RingSizes``), empty for the
+    worker's own. ``timeline`` asks for ``Completion.task_times``.
+    """
+
+    task_window: tuple[int, ...] = ()
+    heap: tuple[int, ...] = ()
+    dep_pool: tuple[int, ...] = ()
+    timeline: bool = False
+
+
+@attrs.frozen(kw_only=True)
 class Dispatch:
     """Run ``program`` (a digest) with ``args`` in the order of its parameters.
 
-    ``step_id`` ties it to the replica core's batch decision, ``dispatch_id`` counts from 1 per incarnation of the core.
+    ``step_id`` ties it to the replica core's batch decision or to a run of an L3 worker, ``dispatch_id`` counts from 1
+    per incarnation of the sender.
     """
 
     dispatch_id: int
     step_id: int
     program: bytes
     args: tuple[Arg, ...]
+    config: LaunchConfig | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -59,6 +75,9 @@ class Completion:
     """A dispatch ran to its end. ``device_ns`` is time on the chip (modelled on a null chip)."""
 
     dispatch_id: int
-    outputs: tuple[Arg, ...] = ()  # OUT parameters passed by value, in parameter order
+    outputs: tuple[Arg, ...] = ()  # OUT and INOUT parameters passed by value, in parameter order
     device_ns: int = 0
     digests: tuple[bytes, ...] = ()  # with recording on: one 16-byte digest per OUT or INOUT parameter
+    task_times: bytes = b""  # with ``timeline``: int64 pairs (begin, end) in ns since the launch began, one per task
+    graph: str = ""  # with ``timeline``: names of the captured graphs the times belong to, joined by spaces
+    fault: str = ""  # what a null chip did wrong on purpose without ending the launch

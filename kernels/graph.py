@@ -1,59 +1,34 @@
 """Task graphs: what a program does to which tiles of memory, in which order, as pure data.
 
-Owns nothing once built. A builder traces a program once per shape bucket; executors replay the graph any number of
-times with refilled inputs. No torch: a graph names kernels and memory by value, so that any executor can take it whole.
+Owns nothing once built. A builder traces a program once per shape bucket, through the same engine that runs tasks on a
+host, so scopes, rings and their errors mean the same; executors replay the graph any number of times with refilled
+inputs. No torch: a graph names kernels and memory by value, so that any executor can take it whole.
 
     buffer ──tile──▶ task ──tile──▶ buffer        edges: task → task, found in the tensor map by byte range
 """
 
 from __future__ import annotations
 
-import bisect
-import enum
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
 import attrs
 
+from ..errors import InvalidArgs
+from ..topology.rings import RINGS, RingSizes, RingUse
+from .engine import Access, HeapBlock, RingFull, TaskEngine
 from .program import DTYPE_BYTES
+from .rings import ScopeRecord
+from .tags import Tag
+from .tensor_map import ByteRange, RangeMap, TensorMap
 
 __all__ = ["Buffer", "GraphBuilder", "Setting", "Tag", "Task", "TaskGraph", "TensorMap", "Tile"]
 
 Setting = int | float | str
 
-
-class Tag(enum.Enum):
-    """What a task does to a tile, and therefore which edges it gets.
-
-    ============ ================== ==================
-    tag          looks up producers becomes producer
-    ============ ================== ==================
-    INPUT        yes                no
-    OUTPUT       no                 yes (memory is the executor's, its old content is gone)
-    INOUT        yes                yes
-    OUTPUT_EXISTING  no             yes (memory is the caller's)
-    NO_DEP       no                 no
-    ============ ================== ==================
-
-    So read-after-write is tracked for INPUT and INOUT, write-after-write for INOUT only, and write-after-read never:
-    a task that overwrites what an earlier one reads must depend on it through another tile.
-    """
-
-    INPUT = "input"
-    OUTPUT = "output"
-    INOUT = "inout"
-    OUTPUT_EXISTING = "output_existing"
-    NO_DEP = "no_dep"
-
-    @property
-    def reads(self) -> bool:
-        """Whether the task waits for the tile's producers."""
-        return self in (Tag.INPUT, Tag.INOUT)
-
-    @property
-    def writes(self) -> bool:
-        """Whether later readers of the tile wait for the task."""
-        return self in (Tag.OUTPUT, Tag.INOUT, Tag.OUTPUT_EXISTING)
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -65,6 +40,9 @@ class Buffer:
     dtype: str
     shape: tuple[int, ...]
     is_bound: bool
+    place: tuple[int, int] | None = None
+    """(ring, byte offset) in the executor's arenas, for memory of a scope; others may have the same bytes before and
+    after, and the graph's edges keep them apart."""
 
     @property
     def whole(self) -> Tile:
@@ -143,6 +121,12 @@ class TaskGraph:
     name: str
     buffers: tuple[Buffer, ...]
     tasks: tuple[Task, ...]
+    heap_bytes: tuple[int, ...] = (0,) * RINGS
+    """Bytes an executor needs in the arena of each ring, for buffers with a place."""
+    high_water: tuple[RingUse, ...] = (RingUse(),) * RINGS
+    """The most each ring held while the graph was captured; ``topology.suggest_rings`` makes sizes of it."""
+    scopes: tuple[ScopeRecord, ...] = attrs.field(default=(), eq=False)
+    """What each scope did to its ring, the last 4,096."""
 
     @property
     def edges(self) -> frozenset[tuple[int, int]]:
@@ -150,75 +134,178 @@ class TaskGraph:
         return frozenset((before, after) for after, task in enumerate(self.tasks) for before in task.predecessors)
 
 
-class TensorMap:
-    """Which task wrote each byte of each buffer last. Owned by one builder; forgotten when the graph is built."""
-
-    def __init__(self) -> None:
-        # Per buffer, disjoint pieces in ascending order: begins, ends, producers.
-        self._pieces: dict[int, tuple[list[int], list[int], list[int]]] = {}
-
-    def producers(self, buffer: int, begin: int, end: int) -> Iterator[int]:
-        """The last writers of any byte in ``[begin, end)``, which is not empty."""
-        begins, ends, producers = self._pieces.get(buffer, ([], [], []))
-        for at in range(bisect.bisect_right(ends, begin), bisect.bisect_left(begins, end)):
-            yield producers[at]
-
-    def produced(self, buffer: int, begin: int, end: int, task: int) -> None:
-        """``task`` is from now on the last writer of ``[begin, end)``."""
-        begins, ends, producers = self._pieces.setdefault(buffer, ([], [], []))
-        first, last = bisect.bisect_right(ends, begin), bisect.bisect_left(begins, end)
-        pieces = [(begin, end, task)]
-        if first < last:  # what is left of pieces cut by the new one
-            if begins[first] < begin:
-                pieces.insert(0, (begins[first], begin, producers[first]))
-            if ends[last - 1] > end:
-                pieces.append((end, ends[last - 1], producers[last - 1]))
-        begins[first:last] = [piece[0] for piece in pieces]
-        ends[first:last] = [piece[1] for piece in pieces]
-        producers[first:last] = [piece[2] for piece in pieces]
+_MAX_MAP_ENTRIES = 1 << 20  # a strided tile takes one for each of its rows; about 100 bytes each
 
 
 class GraphBuilder:
-    """Traces one program for one shape bucket: declare buffers, submit tasks, then ``build``."""
+    """Traces one program for one shape bucket: declare buffers, submit tasks, then ``build``.
 
-    def __init__(self, name: str) -> None:
+    Nothing runs while a graph is captured. So where a ring is full, the oldest tasks count as done; what does not fit
+    then never would, and is the error (codes 1 to 4) that a run of it would end with.
+    """
+
+    def __init__(self, name: str, sizes: RingSizes | None = None, *, track_war: bool = False) -> None:
         self._name = name
-        self._buffers: dict[str, Buffer] = {}
+        self._buffers: list[Buffer] = []
+        self._named: dict[str, Buffer] = {}
+        self._blocks: dict[int, HeapBlock] = {}  # by index of the buffer
         self._tasks: list[Task] = []
-        self._map = TensorMap()
+        self._engine = TaskEngine(sizes or RingSizes(), track_war=track_war, max_map_entries=_MAX_MAP_ENTRIES)
+        self._ids: list[int] = []  # the engine's, by index of the task
+        self._indices: dict[int, int] = {}
+        self._done = 0
+        self._arenas = [_Arena() for _ in range(RINGS)]
 
     def bound(self, name: str, dtype: str, *shape: int) -> Tile:
         """Memory given by name when the graph is bound: arguments, residents, weights. Again: the same memory."""
-        return self._buffer(name, dtype, shape, is_bound=True)
+        return self._declare(name, dtype, shape, is_bound=True)
 
     def intermediate(self, name: str, dtype: str, *shape: int) -> Tile:
-        """Memory of the graph itself, undefined until written. Again: the same memory."""
-        return self._buffer(name, dtype, shape, is_bound=False)
+        """Memory of the graph itself, undefined until written, outliving every scope. Again: the same memory."""
+        return self._declare(name, dtype, shape, is_bound=False)
 
-    def submit(self, kernel: str, *args: tuple[Tag, Tile], **settings: Setting) -> int:
-        """Append a task; its edges follow from the tags of its tiles. Returns its index."""
+    def tensor(self, dtype: str, *shape: int) -> Tile:
+        """New memory of the innermost scope, undefined until written. No task may name it once the scope has ended."""
+        block = self._patiently(lambda: self._engine.alloc(math.prod(shape) * DTYPE_BYTES[dtype]))
+        index = len(self._buffers)
+        buffer = Buffer(index, f"tensor.{index}", dtype, shape, False, (block.ring, block.offset))
+        self._buffers.append(buffer)
+        self._blocks[index] = block
+        self._arenas[block.ring].give(block)
+        return buffer.whole
+
+    @contextmanager
+    def scope(self, *, manual: bool = False) -> Iterator[None]:
+        """Tensors made inside are given back at the end. ``manual``: only ``after`` makes edges between its tasks."""
+        self._engine.open_scope(manual=manual)
+        try:
+            yield
+        finally:
+            self._engine.close_scope()
+
+    def submit(self, kernel: str, *args: tuple[Tag, Tile], after: Sequence[int] = (), **settings: Setting) -> int:
+        """Append a task; its edges follow from the tags of its tiles and from ``after``. Returns its index."""
+        pieces = [(tile.buffer.index, tuple(tile.byte_ranges())) for _, tile in args]
+        accesses = [
+            Access(tag, self._blocks.get(buffer, buffer), ranges)
+            for (tag, _), (buffer, ranges) in zip(args, pieces, strict=True)
+        ]
+        for earlier in after:
+            if not 0 <= earlier < len(self._tasks):
+                raise InvalidArgs(f"task {kernel!r} comes after task {earlier}, which this graph does not have")
+        ids = [self._ids[earlier] for earlier in after]
+        task = self._patiently(lambda: self._engine.submit(accesses, after=ids, label=kernel))
+        before = {self._indices[producer] for producer in self._engine.predecessors(task)}
         index = len(self._tasks)
-        ranges = [(tag, tile.buffer.index, tile.byte_ranges()) for tag, tile in args if tag is not Tag.NO_DEP]
-        before = {
-            producer
-            for tag, buffer, pieces in ranges
-            if tag.reads
-            for begin, end in pieces
-            for producer in self._map.producers(buffer, begin, end)
-        }
-        for tag, buffer, pieces in ranges:
-            if tag.writes:
-                for begin, end in pieces:
-                    self._map.produced(buffer, begin, end, index)
+        for (tag, _), (buffer, ranges) in zip(args, pieces, strict=True):
+            if buffer in self._blocks:
+                block = self._blocks[buffer]
+                before |= self._arenas[block.ring].use(block, ranges, tag, index, before)
+        self._ids.append(task)
+        self._indices[task] = index
         self._tasks.append(Task(kernel, args, tuple(settings.items()), tuple(sorted(before))))
         return index
 
     def build(self) -> TaskGraph:
-        """The finished graph."""
-        return TaskGraph(self._name, tuple(self._buffers.values()), tuple(self._tasks))
+        """The finished graph. Ends the capture: all scopes are closed."""
+        self._engine.finish()
+        return TaskGraph(
+            self._name,
+            tuple(self._buffers),
+            tuple(self._tasks),
+            tuple(arena.nbytes for arena in self._arenas),
+            self._engine.high_water(),
+            self._engine.scopes,
+        )
 
-    def _buffer(self, name: str, dtype: str, shape: Sequence[int], *, is_bound: bool) -> Tile:
-        buffer = self._buffers.setdefault(name, Buffer(len(self._buffers), name, dtype, tuple(shape), is_bound))
-        if (buffer.dtype, buffer.shape, buffer.is_bound) != (dtype, tuple(shape), is_bound):
+    def _declare(self, name: str, dtype: str, shape: tuple[int, ...], *, is_bound: bool) -> Tile:
+        buffer = self._named.get(name)
+        if buffer is None:
+            buffer = self._named[name] = Buffer(len(self._buffers), name, dtype, shape, is_bound)
+            self._buffers.append(buffer)
+        if (buffer.dtype, buffer.shape, buffer.is_bound) != (dtype, shape, is_bound):
             raise ValueError(f"buffer {name} is declared twice, as {buffer.dtype} {buffer.shape} and {dtype} {shape}")
         return buffer.whole
+
+    def _patiently(self, attempt: Callable[[], T]) -> T:
+        while True:
+            try:
+                return attempt()
+            except RingFull:
+                oldest = self._ids[self._done]
+                self._done += 1
+                self._engine.start(oldest)
+                self._engine.complete(oldest)
+                self._engine.take_ready()
+
+
+_MAX_EACH = 8  # so many tasks every user of reused memory waits for itself; for more, the first user does
+
+
+class _Chain(NamedTuple):
+    """Tasks, the youngest first. Made longer without a copy, so that pieces of one chunk of memory share it."""
+
+    task: int
+    older: _Chain | None
+    length: int
+
+    @classmethod
+    def joined(cls, task: int, older: _Chain | None) -> _Chain:
+        return cls(task, older, older.length + 1 if older else 1)
+
+    def tasks(self) -> Iterator[int]:
+        chain: _Chain | None = self
+        while chain is not None:
+            yield chain.task
+            chain = chain.older
+
+
+class _Users(NamedTuple):
+    """Which tasks use some bytes of a block. Whoever waits for the last writer waits for all before the block, too."""
+
+    writer: int  # -1: none
+    users: _Chain  # but for those that younger ones waited for
+
+
+class _Arena:
+    """Who uses which bytes of one ring's heap, so that a new block's users wait for those of the block before."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._users: RangeMap[_Users] = RangeMap()
+        self._earlier: RangeMap[_Chain] = RangeMap()  # users of blocks that had the bytes before
+        self._gates: dict[int, tuple[int, _Chain]] = {}  # who waited for all of a long chain, by the chain's identity
+
+    def give(self, block: HeapBlock) -> None:
+        """The bytes are a new block's from now on."""
+        end = block.offset + block.nbytes
+        self.nbytes = max(self.nbytes, end)
+        for left, right, found in self._users.pieces(block.offset, end):
+            if found is not None:
+                self._earlier.put(left, right, found.users)
+        self._users.drop(block.offset, end)
+
+    def use(self, block: HeapBlock, ranges: Sequence[ByteRange], tag: Tag, task: int, before: set[int]) -> set[int]:
+        """``task``, which waits for ``before``, uses bytes of a block. Returns whom it must wait for besides."""
+        besides: set[int] = set()
+        writes = tag.writes
+
+        def join(left: int, right: int, found: _Users | None) -> _Users:
+            if found is None or found.writer not in before:
+                for earlier in self._earlier.over(left, right):
+                    besides.update(self._ends_of(earlier, task))
+            users = found.users if found else None
+            while users is not None and (users.task in before or users.task == task):
+                users = users.older
+            return _Users(task if writes else found.writer if found else -1, _Chain.joined(task, users))
+
+        for begin, end in ranges:
+            self._users.update(block.offset + begin, block.offset + end, join)
+        return besides
+
+    def _ends_of(self, earlier: _Chain, task: int) -> Iterable[int]:
+        """Whom to wait for so that all of ``earlier`` have ended: each user for each would be a product of edges."""
+        if earlier.length <= _MAX_EACH:
+            return earlier.tasks()
+        gate, _ = self._gates.setdefault(id(earlier), (task, earlier))
+        return earlier.tasks() if gate == task else (gate,)

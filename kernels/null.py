@@ -1,13 +1,15 @@
 """A chip that computes nothing: the same programs with known tokens, modelled time and injected faults.
 
 Owns: programs, residents and, instead of tensors, marks of which token each cache slot and each row stands for. It
-checks what a real chip cannot: that every row reads exactly the context it continues. No torch.
+checks what a real chip cannot: that every row reads exactly the context it continues. Tile programs write known numbers
+that depend on all they read (``null_tiles``). No torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,15 +18,20 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, KernelError
-from .arguments import check_arguments, check_copy, check_tensor, find_program, find_resident
+from ..errors import CoreException, KernelError, MemoryExhausted
+from .arguments import check_arguments, check_copy, check_kind, check_tensor, find_program, find_resident
+from .captures import Capture, Captures
 from .chips import Report
 from .dispatch import Arg, Completion, Dispatch
+from .faults import Fault
+from .graph import Tile
+from .null_tiles import corrupted_tile, null_values, task_flop, tile_bytes
 from .program import DTYPE_BYTES, Direction, Program, TensorSpec, nbytes
 from .qwen3.rows import RowPlan, check_rows, plan_rows, split_ragged
 
 __all__ = ["CostTable", "Fault", "NullChip", "null_token"]
 
+_MAX_GRAPHS = 64
 _FIRST_TOKEN = 16  # ids below it are special in small tokenizers; a null chip never ends a text by chance
 _WEIGHT = np.uint64(0x9E3779B97F4A7C15)  # odd: its powers tell positions apart modulo 2**64
 
@@ -48,44 +55,41 @@ class CostTable:
     """
 
     launch_ns: int = 20_000
+    task_ns: int = 500  # of each task of a tile program
     bytes_per_s: float = 30e9
     flop_per_s: float = 2.5e12
 
     def ns(self, bytes_moved: float, flop: float) -> int:
-        """Nanoseconds of one launch."""
-        return self.launch_ns + int(1e9 * max(bytes_moved / self.bytes_per_s, flop / self.flop_per_s))
+        """Nanoseconds of one launch of a built-in program."""
+        return self.launch_ns + self._work_ns(bytes_moved, flop)
 
+    def of_task(self, bytes_moved: float, flop: float) -> int:
+        """Nanoseconds of one task of a tile program, whose launch costs ``launch_ns`` besides."""
+        return self.task_ns + self._work_ns(bytes_moved, flop)
 
-@attrs.frozen(kw_only=True)
-class Fault:
-    """What goes wrong at the ``dispatch``-th launch of a chip, counted from 1. Checked when made: ``ConfigError``.
-
-    fail: ``KernelError``, nothing written. die: the process ends with exit code 13. hang: the launch does not return
-    until the chip is closed. slow: it takes ``factor`` times its modelled time.
-    """
-
-    dispatch: int
-    kind: str
-    factor: float = 1.0
-
-    def __attrs_post_init__(self) -> None:
-        if self.kind not in ("fail", "die", "hang", "slow") or self.dispatch < 1:
-            raise ConfigError(
-                f"fault {self.kind!r} at dispatch {self.dispatch}: expected fail, die, hang or slow at 1 or later"
-            )
+    def _work_ns(self, bytes_moved: float, flop: float) -> int:
+        return int(1e9 * max(bytes_moved / self.bytes_per_s, flop / self.flop_per_s))
 
 
 class NullChip:
-    """A ``Chip`` without numerics. Deterministic: equal commands give equal completions, times and digests."""
+    """A ``Chip`` without numerics. Deterministic: equal commands give equal completions, times and digests.
 
-    def __init__(self, faults: Sequence[Fault] = (), cost: CostTable | None = None) -> None:
-        self._faults = {fault.dispatch: fault for fault in faults}
+    ``memory_bytes``: how much its residents may take; None: no limit.
+    """
+
+    def __init__(
+        self, faults: Sequence[Fault] = (), cost: CostTable | None = None, *, memory_bytes: int | None = None
+    ) -> None:
+        self._faults = tuple(faults)
         self._cost = cost or CostTable()
+        self._memory_bytes = memory_bytes
         self._programs: dict[bytes, Program] = {}
+        self._captures = Captures(_MAX_GRAPHS)
         self._residents: dict[int, TensorSpec] = {}
-        self._values: dict[int, Arg] = {}  # what copy_to left; programs neither read nor change it
+        self._values: dict[int, Arg] = {}  # what copy_to and tile programs left; built-in programs do not look at it
         self._marks: dict[int, dict[str, NDArray[Any]]] = {}
         self._launches = 0
+        self._allocs = 0
         self._closed = threading.Event()
 
     @property
@@ -96,14 +100,28 @@ class NullChip:
     def register(self, program: Program) -> None:
         """See ``Chip.register``."""
         self._check_open()
-        if program.kind not in _KINDS:
-            raise KernelError(f"program {program.name} is of kind {program.kind!r}; known are {', '.join(_KINDS)}")
+        check_kind(program, ("tile", *_KINDS))
+        self._captures.register(program)
         self._programs[program.digest] = program
+
+    def unregister(self, digest: bytes) -> None:
+        """See ``Chip.unregister``."""
+        self._check_open()
+        self._captures.unregister(find_program(self._programs, digest, "unregister"))
+        del self._programs[digest]
 
     def alloc(self, tensor: TensorSpec, report: Report | None = None) -> None:
         """See ``Chip.alloc``; weights are not read."""
         self._check_open()
         check_tensor(tensor, self._residents)
+        self._allocs += 1
+        what = f"resident {tensor.resident} of {tensor.dtype} {list(tensor.shape)}"
+        if any(fault.kind == "refuse_alloc" and fault.dispatch == self._allocs for fault in self._faults):
+            raise MemoryExhausted(f"{what} is refused: injected fault at allocation {self._allocs}")
+        needed = 0 if tensor.source else nbytes(tensor.dtype, tensor.shape)
+        if self._memory_bytes is not None and needed > self._memory_bytes - self.resident_bytes:
+            free = self._memory_bytes - self.resident_bytes
+            raise MemoryExhausted(f"{what} needs {needed:,} bytes; {free:,} are free on this null chip")
         self._residents[tensor.resident] = tensor
         if tensor.source and report is not None:
             report(1.0, 1.0)
@@ -117,43 +135,106 @@ class NullChip:
         self._marks.pop(resident, None)
 
     def copy_to(self, resident: int, value: Arg) -> None:
-        """See ``Chip.copy_to``; kept for ``copy_from``, invisible to programs."""
+        """See ``Chip.copy_to``; invisible to built-in programs."""
         self._check_open()
         check_copy(find_resident(self._residents, resident), value)
         self._values[resident] = value
 
     def copy_from(self, resident: int) -> Arg:
-        """See ``Chip.copy_from``: what ``copy_to`` left, else zeros."""
+        """See ``Chip.copy_from``: what ``copy_to`` or a tile program left, else zeros."""
         self._check_open()
         tensor = find_resident(self._residents, resident)
         check_copy(tensor, None)
-        zeros = Arg(dtype=tensor.dtype, shape=tensor.shape, data=bytes(nbytes(tensor.dtype, tensor.shape)))
-        return self._values.get(resident, zeros)
+        return self._value(resident)
 
     def launch(self, dispatch: Dispatch, *, digest: bool = False) -> Completion:
-        """See ``Chip.launch``; ``device_ns`` is modelled, digests are over tokens and places instead of numbers."""
+        """See ``Chip.launch``; ``device_ns`` is modelled, digests of built-in programs are over tokens and places."""
         self._check_open()
-        program = find_program(self._programs, dispatch)
-        check_arguments(program, dispatch, self._residents)
+        program = find_program(self._programs, dispatch.program, f"dispatch {dispatch.dispatch_id}")
+        sizes = check_arguments(program, dispatch, self._residents)
         self._launches += 1
-        fault = self._faults.get(self._launches)
-        if fault is not None:
-            self._fail(fault, f"dispatch {dispatch.dispatch_id} of {program.name}")
+        faults = [f for f in self._faults if f.dispatch == self._launches and f.kind != "refuse_alloc"]
         run = _Run(self, program, dispatch)
+        if program.kind == "tile":
+            return self._launch_tiles(
+                run, self._captures.of_tile(run.where, program, sizes, dispatch.config), faults, digest
+            )
+        slower = 1.0
+        for fault in faults:
+            self._strike(fault, run.where)
+            if fault.kind == "slow":
+                slower *= fault.factor
+            run.is_corrupt |= fault.kind == "corrupt"
         bytes_moved, flop = _KINDS[program.kind](run)
-        slower = fault.factor if fault is not None and fault.kind == "slow" else 1.0
         return Completion(
             dispatch_id=dispatch.dispatch_id,
             outputs=tuple(run.outputs),
             device_ns=int(self._cost.ns(bytes_moved, flop) * slower),
             digests=run.digests() if digest else (),
+            fault=_told(faults),
         )
+
+    def _launch_tiles(self, run: _Run, capture: Capture, faults: Sequence[Fault], digest: bool) -> Completion:
+        """Model the graph's tasks one after another, then write known numbers."""
+        graph, cost = capture.graph, self._cost
+        took = [cost.of_task(tile_bytes(task), task_flop(task)) for task in graph.tasks]
+        corrupt: list[Tile] = []
+        for fault in faults:
+            at = None if fault.task is None or not took else min(fault.task, len(took) - 1)
+            self._strike(
+                fault, run.where if at is None else f"{run.where}: task {at} of {graph.name} ({graph.tasks[at].kernel})"
+            )
+            if fault.kind == "slow":
+                for index in range(len(took)) if at is None else (at,):
+                    took[index] = int(took[index] * fault.factor)
+            if fault.kind == "corrupt":
+                corrupt += filter(None, [corrupted_tile(graph, at or 0)])
+        self._write_known(run, corrupt)
+        ends = np.cumsum([cost.launch_ns, *took], dtype="<i8")
+        is_timed = run.dispatch.config is not None and run.dispatch.config.timeline
+        return Completion(
+            dispatch_id=run.dispatch.dispatch_id,
+            outputs=tuple(run.outputs),
+            device_ns=int(ends[-1]),
+            digests=run.digests() if digest else (),
+            task_times=np.stack([ends[:-1], ends[1:]], axis=1).tobytes() if is_timed else b"",
+            graph=capture.name if is_timed else "",
+            fault=_told(faults),
+        )
+
+    def _write_known(self, run: _Run, corrupt: Sequence[Tile]) -> None:
+        params = run.program.params
+        inputs = [
+            (self._value(arg.resident) if arg.resident else arg).data
+            for param, arg in zip(params, run.args.values(), strict=True)
+            if param.direction is not Direction.OUT
+        ]
+        for param, arg in zip(params, run.args.values(), strict=True):
+            if param.direction is Direction.IN:
+                continue
+            shape = self._residents[arg.resident].shape if arg.resident else arg.shape
+            data = bytearray(null_values(run.program.name, param.name, inputs, param.dtype, shape))
+            for tile in corrupt:
+                if tile.buffer.name == param.name:
+                    data[tile.byte_ranges()[0][0]] ^= 0xFF
+            value = Arg(dtype=param.dtype, shape=shape, data=bytes(data))
+            run.wrote(param.name, np.frombuffer(value.data, np.uint8))
+            if arg.resident:
+                self._values[arg.resident] = value
+            else:
+                run.outputs.append(value)
+
+    def describe(self, graph: str) -> str:
+        """See ``Chip.describe``; a null chip captures the graphs of tile programs only."""
+        self._check_open()
+        return self._captures.describe(graph)
 
     def close(self) -> None:
         """See ``Chip.close``; also ends a launch that hangs, from any thread."""
         self._closed.set()
         self._residents.clear()
         self._programs.clear()
+        self._captures.clear()
         self._values.clear()
         self._marks.clear()
 
@@ -163,15 +244,23 @@ class NullChip:
             self._marks[resident] = create()
         return self._marks[resident]
 
+    def _value(self, resident: int) -> Arg:
+        tensor = self._residents[resident]
+        zeros = Arg(dtype=tensor.dtype, shape=tensor.shape, data=bytes(nbytes(tensor.dtype, tensor.shape)))
+        return self._values.get(resident, zeros)
+
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise KernelError("the chip is closed")
 
-    def _fail(self, fault: Fault, where: str) -> None:
+    def _strike(self, fault: Fault, where: str) -> None:
+        """Let a fault happen that ends the launch, or holds it up."""
         if fault.kind == "fail":
-            raise KernelError(f"{where}: injected fault at launch {fault.dispatch}")
+            raise CoreException(f"{where}: injected fault at launch {fault.dispatch}")
         if fault.kind == "die":
             os._exit(13)
+        if fault.kind == "stop":
+            signal.raise_signal(signal.SIGSTOP)
         if fault.kind == "hang":
             self._closed.wait()
             raise KernelError(f"{where}: the chip was closed while it hung")
@@ -183,6 +272,8 @@ class _Run:
     def __init__(self, chip: NullChip, program: Program, dispatch: Dispatch) -> None:
         self.chip = chip
         self.program = program
+        self.dispatch = dispatch
+        self.is_corrupt = False  # the first thing written will be wrong
         self.where = f"dispatch {dispatch.dispatch_id} of {program.name}"
         self.static: Mapping[str, Any] = dict(program.static)
         self.args = {param.name: arg for param, arg in zip(program.params, dispatch.args, strict=True)}
@@ -206,11 +297,15 @@ class _Run:
         return self.chip.marks(self.args[name].resident, lambda: {"row": np.full((count, 2), -1, np.int64)})["row"]
 
     def wrote(self, name: str, content: NDArray[Any]) -> None:
-        self._written[name] = content.tobytes()
+        data = content.tobytes()
+        if self.is_corrupt and data:
+            data, self.is_corrupt = bytes([data[0] ^ 0xFF]) + data[1:], False
+        self._written[name] = data
 
     def give(self, name: str, array: NDArray[Any]) -> None:
-        self.outputs.append(Arg.of(array))
         self.wrote(name, array)
+        given = Arg.of(array)
+        self.outputs.append(attrs.evolve(given, data=self._written[name]))
 
     def digests(self) -> tuple[bytes, ...]:
         return tuple(
@@ -317,6 +412,16 @@ def _sample(run: _Run) -> tuple[float, float]:
     run.give("top_ids", (chosen[:, None] + ranks) % vocab)
     run.give("top_logprobs", np.broadcast_to(-0.5 - ranks.astype(np.float32), (len(rows), widest)))
     return 4.0 * len(rows) * vocab, 0.0
+
+
+def _told(faults: Sequence[Fault]) -> str:
+    """The faults of a launch that went on, for its completion."""
+    return ", ".join(
+        fault.kind
+        + (f" at task {fault.task}" if fault.task is not None else "")
+        + (f" by {fault.factor:g}" if fault.kind == "slow" else "")
+        for fault in faults
+    )
 
 
 _KINDS: Mapping[str, Callable[[_Run], tuple[float, float]]] = {

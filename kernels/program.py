@@ -37,15 +37,15 @@ class Direction(enum.Enum):
 class Param:
     """One named argument: dtype by torch's name without prefix ("int32", "bfloat16"), symbols in ``shape`` are dynamic.
 
-    The same symbol stands for the same number in every parameter of one dispatch. A parameter with ``resident`` takes
-    a tensor that lives on the chip, any other a small array by value.
+    The same symbol stands for the same number in every parameter of one dispatch. ``resident``: True takes a tensor
+    that lives on the chip, False an array by value, None either.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     direction: Direction = Direction.IN
-    resident: bool = False
+    resident: bool | None = False
 
 
 @attrs.frozen(slots=False)
@@ -64,6 +64,11 @@ class Program:
     def digest(self) -> bytes:
         """sha256 over name, kind, static configuration and parameter ABI: 32 bytes."""
         return hashlib.sha256(msgspec.msgpack.encode(self)).digest()
+
+    @cached_property
+    def abi_fingerprint(self) -> str:
+        """sha256 over the parameters alone, in hexadecimal: equal where the same arguments fit."""
+        return hashlib.sha256(msgspec.msgpack.encode(self.params)).hexdigest()
 
 
 @attrs.frozen

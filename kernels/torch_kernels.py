@@ -2,6 +2,8 @@
 
 Owns nothing between launches but the ``Workspace``. Each kernel is bound to a task once and then called for
 every replay without arguments; what changes between replays is read from the tiles' memory and the ``Window``.
+A kernel on a tile of tokens is told which by ``first_token``. What it computes for a token does not depend on the
+others of the window (``kernels/numerics.py`` measures on which machines that holds).
 
     rms_norm          x, gamma → h                       x / sqrt(mean(x²) + eps) · gamma, in fp32
     linear            x, w[, bias][, other] → y          x · wᵀ + bias, then none | silu | mul (by other) | add (other)
@@ -14,7 +16,6 @@ every replay without arguments; what changes between replays is read from the ti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,30 +26,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from .qwen3.rows import RowPlan
+from .torch_attention import AttentionMemory, PagedRow, attend_blocks, attend_singly
 
-__all__ = ["KERNELS", "BoundTask", "Kernel", "Row", "Window", "Workspace"]
+__all__ = ["KERNELS", "BoundTask", "Kernel", "Window", "Workspace"]
 
-_ATTENTION_ROWS = 256  # query block: as fast as SDPA's own causal path and bit-equal to it, without its T × S mask
 _NORM_ROWS = 128  # keeps the fp32 copy of a block in the L2 cache
 _ROTATE_ROWS = 64  # likewise; 1.3 × faster than all at once
-
-
-@attrs.frozen(eq=False)
-class Row:
-    """The tokens of one sequence inside a window."""
-
-    begin: int  # first token in the window
-    end: int  # one past the last
-    start: int  # position of the first token
-    first_slot: int  # where its pages begin in the cache if they follow each other, else -1
-    slots: Tensor | None  # (context,) int64, the slot of every position up to the last token, if they do not
 
 
 @attrs.define(eq=False)
 class Window:
     """The inputs of one replay, refilled before it. Tensors keep their memory; the rest is replaced.
 
-    Tokens from ``count`` on are padding: computed, never stored, attending to nothing.
+    Tokens from ``count`` on are padding: linears compute them, nothing else does, and nobody reads them.
     """
 
     tokens: Tensor  # (T,) int32
@@ -57,14 +47,14 @@ class Window:
     count: int = 0
     slots: Tensor = attrs.field(factory=lambda: torch.empty(0, dtype=torch.int64))  # (count,)
     first_slot: int = -1  # the first of ``slots`` if they follow each other, else -1
-    rows: list[Row] = attrs.field(factory=list)
+    rows: list[PagedRow] = attrs.field(factory=list)
     stores: list[tuple[int, int]] = attrs.field(factory=list)  # (row of the source, row of the target)
 
     @classmethod
-    def of(cls, size: int) -> Window:
-        """A window of ``size`` tokens, all padding."""
+    def of(cls, size: int, count: int = 0) -> Window:
+        """A window of ``size`` tokens, all padding but ``count``."""
         tokens, positions = torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32)
-        return cls(tokens, positions, torch.zeros(size, dtype=torch.int64))
+        return cls(tokens, positions, torch.zeros(size, dtype=torch.int64), count)
 
     def fill_tokens(self, plan: RowPlan, page_size: int, begin: int, end: int) -> None:
         """Take tokens ``begin:end`` of a dispatch."""
@@ -90,9 +80,15 @@ class Window:
                 inside = np.arange(page_size)
                 scattered = torch.from_numpy((pages[:, None] * page_size + inside).reshape(-1)[:context])
             first_slot = -1 if scattered is not None else int(pages[0]) * page_size
-            self.rows.append(Row(first - begin, last - begin, start, first_slot, scattered))
+            self.rows.append(PagedRow(first - begin, last - begin, start, first_slot, scattered))
             if row_end <= end and plan.rows[row] >= 0:
                 self.stores.append((row_end - 1 - begin, plan.rows[row]))
+
+    def rows_of(self, begin: int, end: int) -> list[PagedRow]:
+        """What the rows have of tokens ``begin:end``, counted from ``begin``."""
+        if begin == 0 and self.count <= end:
+            return self.rows
+        return [row.cut(begin, end) for row in self.rows if row.begin < end and row.end > begin]
 
     def fill_rows(self, rows: list[int]) -> None:
         """Take rows of a buffer, to be stored in the rows of the same number of the next one."""
@@ -107,34 +103,12 @@ class Workspace:
     """Memory kernels of all graphs of a chip share, because tasks run one at a time. Grows as needed."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._past = -1
-        self._mask = torch.empty(0)
-        self._gathered = [torch.empty(0), torch.empty(0)]
+        self.attention = AttentionMemory(dtype)
         self._scratch: dict[tuple[int, ...], Tensor] = {}
 
     def scratch(self, *shape: int) -> Tensor:
         """fp32 memory of a kernel for one call. All who ask for a shape get the same, so that it stays in the cache."""
         return self._scratch.setdefault(shape, torch.empty(shape))
-
-    def gather(self, which: int, cache: Tensor, slots: Tensor) -> Tensor:
-        """Slots of a layer's keys (``which`` 0) or values (1), (kv_heads, slots, d), as (kv_heads, len(slots), d)."""
-        shape = (cache.shape[0], len(slots), cache.shape[2])
-        if self._gathered[which].numel() < math.prod(shape):
-            self._gathered[which] = torch.empty(2 * math.prod(shape), dtype=self._dtype)
-        target = self._gathered[which][: math.prod(shape)].view(shape)
-        return torch.index_select(cache, 1, slots, out=target)
-
-    def mask(self, queries: int, past: int) -> Tensor:
-        """Additive causal mask (queries, past + queries): query i sees keys up to past + i. At most 256 queries.
-
-        All masks are views of one tensor, whose last columns are the triangle.
-        """
-        if past > self._past:
-            self._past = max(past, 2 * self._past, 1024)
-            self._mask = torch.zeros(_ATTENTION_ROWS, self._past + _ATTENTION_ROWS, dtype=self._dtype)
-            self._mask[:, self._past :] = torch.full_like(self._mask[:, self._past :], float("-inf")).triu_(1)
-        return self._mask[:queries, self._past - past : self._past + queries]
 
 
 @attrs.frozen(eq=False)
@@ -173,27 +147,28 @@ class _MeanSquare:
 
 
 def _rms_norm(task: BoundTask) -> Callable[[], None]:
-    values, source = task.values, task.args[0]
+    values, source, window = task.values, task.args[0], task.window
     gamma, target = task.tensor(1), task.tensor(2)
     rows, width = target.shape
     block = min(rows, _NORM_ROWS)
     wide, factor = task.workspace.scratch(block, width), task.workspace.scratch(block, 1)
     scale = _MeanSquare(width, task.settings["eps"])
+    first = task.settings["first_token"]
 
-    def one() -> None:
-        wide.copy_(values[source])
-        wide.mul_(scale(wide, factor)).mul_(gamma)
-        target.copy_(wide)
-
-    def many() -> None:
+    def run() -> None:
         x = values[source]
-        for begin in range(0, rows, block):
-            end = min(begin + block, rows)
-            part = wide[: end - begin].copy_(x[begin:end])
-            part.mul_(scale(part, factor[: end - begin])).mul_(gamma)
-            target[begin:end].copy_(part)
+        real = min(rows, window.count - first)
+        for begin in range(0, real, block):
+            count = min(block, real - begin)
+            part = wide[:count].copy_(x[begin : begin + count])
+            part.mul_(scale(part, factor[:count])).mul_(gamma)
+            target[begin : begin + count].copy_(part)
 
-    return one if rows == block else many
+    return run
+
+
+_SPOT: tuple[Any, ...] = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups of a one-pixel convolution
+_UNARY = {"none": "none", "silu": "swish"}
 
 
 def _linear(task: BoundTask) -> Callable[[], Tensor]:
@@ -201,12 +176,14 @@ def _linear(task: BoundTask) -> Callable[[], Tensor]:
     source, weight = task.args[0], task.tensor(1)
     bias = task.tensor(2) if task.settings["bias"] else None
     other = task.args[-2]
+    if weight.is_mkldnn and weight.dim() == 4:
+        return _linear_as_convolution(task, weight, bias)
     if weight.is_mkldnn:
         plain = torch.ops.mkldnn._linear_pointwise.default
         paired = torch.ops.mkldnn._linear_pointwise.binary
         if epilogue in ("mul", "add"):
             return lambda: paired(values[source], values[other], weight, bias, epilogue)
-        name = {"none": "none", "silu": "swish"}[epilogue]
+        name = _UNARY[epilogue]
         return lambda: plain(values[source], weight, bias, name, [], "")
 
     linear = functional.linear
@@ -217,6 +194,35 @@ def _linear(task: BoundTask) -> Callable[[], Tensor]:
     if epilogue == "add":
         return lambda: linear(values[source], weight, bias).add_(values[other])
     return lambda: linear(values[source], weight, bias)
+
+
+def _linear_as_convolution(task: BoundTask, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
+    """Rows as the pixels of an image one pixel wide: see ``weights.pack``."""
+    values, epilogue = task.values, task.settings["epilogue"]
+    source, other = task.args[0], task.args[-2]
+    columns = weight.shape[0]
+    plain = torch.ops.mkldnn._convolution_pointwise.default
+    paired = torch.ops.mkldnn._convolution_pointwise.binary
+    stays = values[source].numel() > 0  # an input made anew in each replay is not there yet
+    image = _image(values[source]) if stays else None
+
+    def read() -> Tensor:
+        return _image(values[source]) if image is None else image
+
+    def rows(y: Tensor) -> Tensor:
+        return y.as_strided((y.shape[2], columns), (columns, 1))
+
+    if epilogue in ("mul", "add"):
+        return lambda: rows(paired(read(), _image(values[other]), weight, bias, *_SPOT, epilogue, None, None, [], None))
+    name = _UNARY[epilogue]
+    return lambda: rows(plain(read(), weight, bias, *_SPOT, name, [], ""))
+
+
+def _image(x: Tensor) -> Tensor:
+    """(rows, width) as one image of that many channels, (1, width, rows, 1)."""
+    rows, width = x.shape
+    stride = x.stride(0)
+    return x.as_strided((1, width, rows, 1), (rows * stride, 1, stride, stride))
 
 
 def _rotary_table(task: BoundTask) -> Callable[[], None]:
@@ -247,21 +253,20 @@ def _rotate_and_store(task: BoundTask) -> Callable[[], None]:
     wide, factors = task.workspace.scratch(block, turned, dim), task.workspace.scratch(block, turned, 1)
     pairs = torch.view_as_complex(wide.view(block, turned, dim // 2, 2))
     scale = _MeanSquare(dim, task.settings["eps"])
+    first = task.settings["first_token"]
 
     def run() -> None:
         mixed = values[qkv].view(tokens, -1, dim)
-        for begin in range(0, tokens, block):
-            count = min(block, tokens - begin)
-            part = wide if count == block else wide[:count]
-            factor = factors if count == block else factors[:count]
-            part.copy_(mixed[begin : begin + count, :turned])
-            part.mul_(scale(part, factor)).mul_(gamma)
-            pairs[:count].mul_(rotation[begin : begin + count])
-            q[begin : begin + count].copy_(part[:, :heads])
-            real = min(count, window.count - begin)
-            if real > 0:
-                _store(k_cache, window, begin, part[:real, heads:])
-                _store(v_cache, window, begin, mixed[begin : begin + real, turned:])
+        real = min(tokens, window.count - first)
+        for begin in range(0, real, block):
+            count = min(block, real - begin)
+            part, end = wide[:count], begin + count
+            part.copy_(mixed[begin:end, :turned])
+            part.mul_(scale(part, factors[:count])).mul_(gamma)
+            pairs[:count].mul_(rotation[begin:end])
+            q[begin:end].copy_(part[:, :heads])
+            _store(k_cache, window, first + begin, part[:, heads:])
+            _store(v_cache, window, first + begin, mixed[begin:end, turned:])
 
     return run
 
@@ -277,45 +282,32 @@ def _store(cache: Tensor, window: Window, begin: int, values: Tensor) -> None:
     if window.first_slot >= 0:
         cache.narrow(1, window.first_slot + begin, count).copy_(values.transpose(0, 1))
     else:
-        cache.index_copy_(1, window.slots[begin : begin + count], values.transpose(0, 1).to(cache.dtype))
+        cache.transpose(0, 1)[window.slots[begin : begin + count]] = values.to(cache.dtype)
 
 
 def _paged_attention(task: BoundTask) -> Callable[[], None]:
-    window, workspace = task.window, task.workspace
+    window, memory = task.window, task.workspace.attention
     q, attended = task.tensor(0), task.tensor(6)
     k_cache, v_cache = (_by_slot(task.tensor(position)) for position in (1, 2))
-    heads, dim = q.shape[1:]
-    kv_heads = k_cache.shape[0]
+    tokens, heads, dim = q.shape
     queries = q.transpose(0, 1)[None]  # (1, heads, T, d)
-    outputs = attended.view(-1, heads, dim).transpose(0, 1)[None]
-    attend = functional.scaled_dot_product_attention
-    is_grouped = heads != kv_heads
+    outputs = attended.view(tokens, heads, dim).transpose(0, 1)[None]
+    first, block = task.settings["first_token"], task.settings["block"]
 
-    def run() -> None:
-        for row in window.rows:
-            context = row.start + row.end - row.begin
-            if row.slots is None:
-                keys = k_cache.narrow(1, row.first_slot, context)[None]
-                values = v_cache.narrow(1, row.first_slot, context)[None]
-            else:  # the same numbers in the same order, so the same bits wherever the pages are
-                keys = workspace.gather(0, k_cache, row.slots)[None]
-                values = workspace.gather(1, v_cache, row.slots)[None]
-            for begin in range(row.begin, row.end, _ATTENTION_ROWS):
-                count = min(_ATTENTION_ROWS, row.end - begin)
-                past = row.start + begin - row.begin
-                seen = past + count
-                outputs.narrow(2, begin, count).copy_(
-                    attend(
-                        queries.narrow(2, begin, count),
-                        keys.narrow(2, 0, seen),
-                        values.narrow(2, 0, seen),
-                        attn_mask=workspace.mask(count, past) if count > 1 and past else None,
-                        is_causal=count > 1 and not past,
-                        enable_gqa=is_grouped,
-                    )
-                )
+    def in_blocks() -> None:
+        for row in window.rows_of(first, first + tokens):
+            attend_blocks(memory, row, queries, outputs, k_cache, v_cache, block)
 
-    return run
+    if block > 1:
+        return in_blocks
+    asked, given = ([x.narrow(2, at, 1) for at in range(tokens)] for x in (queries, outputs))
+    all_keys, all_values = k_cache[None], v_cache[None]
+
+    def singly() -> None:
+        for row in window.rows_of(first, first + tokens):
+            attend_singly(memory, row, asked, given, all_keys, all_values)
+
+    return singly
 
 
 def _load_rows(task: BoundTask) -> Callable[[], Tensor]:

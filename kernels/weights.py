@@ -21,11 +21,13 @@ from .chips import Report
 from .program import TensorSpec
 from .qwen3.model import ModelSpec
 
-__all__ = ["can_pack", "interleave_halves", "load_weights", "pack"]
+__all__ = ["can_pack", "interleave_halves", "load_weights", "pack", "packed_rows"]
 
 # Rows per call oneDNN is asked to choose its layout for. Measured from 1 to 2048 rows: 256 is as fast as any other up
 # to 1024, while layouts chosen for 16 or fewer are reordered again in every call of 2048 (2 × slower).
 _PACK_ROWS = 256
+
+_ONE_BY_ONE: tuple[Any, ...] = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -36,11 +38,27 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(out, in) matrix in oneDNN's layout where ``can_pack``, else contiguous. Only ``linear`` reads it."""
-    if can_pack(weight.dtype):
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-        return packed
-    return weight.contiguous()
+    """(out, in) matrix in oneDNN's layout where ``can_pack``, else contiguous. Only ``linear`` reads it.
+
+    In bf16 as a convolution of one pixel, (out, in, 1, 1). oneDNN's AMX convolution adds up a pixel's products in one
+    order for any number of pixels; its inner product takes another order for 1 to 32 rows, 40 to 160, and more.
+    """
+    if not can_pack(weight.dtype):
+        return weight.contiguous()
+    rows, columns = weight.shape
+    packed: Tensor
+    if weight.dtype == torch.bfloat16:
+        image = weight.contiguous().view(rows, columns, 1, 1)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(image, *_ONE_BY_ONE, [1, columns, _PACK_ROWS, 1])
+    else:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+    return packed
+
+
+def packed_rows(packed: Tensor, begin: int, end: int) -> Tensor:
+    """Rows ``begin:end`` of a matrix that ``pack`` packed, packed again: its own memory, the same products."""
+    rows, columns = packed.shape[:2]
+    return pack(packed.to_dense().view(rows, columns)[begin:end])
 
 
 def interleave_halves(tensor: Tensor, head_dim: int) -> Tensor:

@@ -23,6 +23,7 @@ from chipbus.kernels.qwen3.step import (
     build_step,
     read_step,
 )
+from chipbus.kernels.qwen3.tiling import COARSE, Tiling
 
 __all__ = ["LIMITS", "RunningModel", "table"]
 
@@ -47,11 +48,16 @@ class RunningModel:
     """Programs registered and residents allocated on ``chip``; every dispatch and completion is kept."""
 
     def __init__(
-        self, checkpoint: Path, dtype: str = "float32", limits: Limits = LIMITS, chip: Chip | None = None
+        self,
+        checkpoint: Path,
+        dtype: str = "float32",
+        limits: Limits = LIMITS,
+        chip: Chip | None = None,
+        tiling: Tiling = COARSE,
     ) -> None:
         self.spec = ModelSpec.from_directory(checkpoint, dtype)
         self.limits = limits
-        self.programs = ModelPrograms.build(self.spec, limits)
+        self.programs = ModelPrograms.build(self.spec, limits, tiling)
         self.chip = chip or open_chip("cpu:0", 1)
         self.digest = False
         self.dispatches: list[Dispatch] = []

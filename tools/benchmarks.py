@@ -29,11 +29,13 @@ from ..errors import WorkerError
 from .check import table
 from .progress import progress_view
 
-__all__ = ["bus", "engine", "kernel_lines", "kernels", "machine", "start"]
+__all__ = ["bus", "engine", "kernel_lines", "kernels", "machine", "start", "worker"]
 
 _START_TIMEOUT_S = 300.0
 _ROUND_TRIPS = 2000  # per round
-_KERNEL_WORK = (("decode", 1), ("decode", 4), ("decode", 16), ("prefill", 128), ("prefill", 512))
+_RUNS = 300  # per round, of an L3 worker
+_FURTHER = 50  # programs of one orchestration
+_KERNEL_WORK = (("decode", 1), ("decode", 4), ("decode", 16), ("prefill", 128), ("prefill", 512), ("prefill", 2048))
 
 
 def machine() -> str:
@@ -119,22 +121,35 @@ def _run(command: Sequence[str]) -> None:
 
 
 def kernels(checkpoint: Path, *, rounds: int, threads: int | None) -> None:
-    """Print tokens per second of a checkpoint's programs on one chip in this process, without bus and actors."""
+    """Print tokens per second of a checkpoint's programs on one chip in this process, without bus and actors.
+
+    Beside each, the part of what the machine allows: reading every weight once, and the products at the speed of the
+    fastest one, both measured in the same rounds.
+    """
     from ..kernels.bench import KernelBench
 
     chosen = _threads(threads)
-    took: dict[tuple[str, int], list[float]] = {work: [] for work in _KERNEL_WORK}
     running = KernelBench(checkpoint, chosen)
+    works = [work for work in _KERNEL_WORK if work[1] <= running.context]
+    took: dict[tuple[str, int], list[float]] = {work: [] for work in works}
+    reached: dict[tuple[str, int], list[float]] = {work: [] for work in works}
     try:
         for number in range(rounds + 1):  # the first warms up
-            for (name, size), rates in took.items():
+            roofline = running.roofline()
+            for name, size in works:
                 seconds = running.decode(size) if name == "decode" else running.prefill(size)
                 if number:
-                    rates.append(size / seconds)
+                    took[name, size].append(size / seconds)
+                    reached[name, size].append(100 * roofline.fraction(name, size, seconds))
     finally:
         running.close()
     click.echo(f"{machine()}; {checkpoint}, bfloat16, {chosen} threads, {rounds} rounds")
-    _print_rows({f"{name} {size}": (rates, "tok/s") for (name, size), rates in took.items()})
+    click.echo(f"last round: {roofline.read_bytes_per_s / 1e9:.1f} GB/s, {roofline.flop_per_s / 1e12:.2f} TFLOP/s")
+    rows: dict[str, tuple[Sequence[float], str]] = {}
+    for name, size in works:
+        rows[f"{name} {size}"] = (took[name, size], "tok/s")
+        rows[f"{name} {size}, of the roofline"] = (reached[name, size], "%")
+    _print_rows(rows)
 
 
 def kernel_lines(checkpoint: Path, *, threads: int | None) -> None:
@@ -170,6 +185,71 @@ def bus(rounds: int) -> None:
                 ratios.append(medians["ask"] / medians["bare sockets"])
     click.echo(f"{machine()}; {PAYLOAD_BYTES} B, medians of {_ROUND_TRIPS} round trips, {rounds} rounds, interleaved")
     _print_rows({"ask": (took["ask"], "µs"), "bare sockets": (took["bare sockets"], "µs"), "ratio": (ratios, "x")})
+
+
+def worker(device: str, rounds: int) -> None:
+    """Print what an L3 worker adds to its kernels: per run, per further program, per task; and how it ends."""
+    import numpy as np
+
+    from ..actors.l3 import L3Worker, Orchestrator
+    from ..bus.bench import NodePair
+    from ..kernels.bench_tasks import task_overhead_us, touch
+    from ..kernels.faults import Fault
+
+    configure_logging("error", "bench")
+    names = ("ask", "one run", "further program", "task of a graph", "run and death")
+    took: dict[str, list[float]] = {name: [] for name in names}
+    closing: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, contextlib.ExitStack() as stack:
+        run_dir = Path(name)
+        stack.enter_context(_answering("nodes", run_dir))
+        pair = NodePair(run_dir)
+        stack.callback(pair.close)
+        running = stack.enter_context(L3Worker(touch, devices=[device]))
+        resident = running.alloc_tensor((8,), "float32")
+
+        def chain(orchestrator: Orchestrator, count: int) -> None:
+            for _ in range(count):
+                orchestrator.submit_next_level(touch, resident, worker=0)
+
+        def beyond_kernels(count: int) -> float:
+            """Microseconds of a run of ``count`` programs that no kernel was running."""
+            began = time.perf_counter()
+            handle = running.submit(chain, count)
+            handle.result()
+            wall_us = 1e6 * (time.perf_counter() - began)
+            return wall_us - sum(((t.end_ns or 0) - (t.begin_ns or 0)) / 1e3 for t in handle.graph().tasks)
+
+        for number in range(rounds + 1):  # the first warms up
+            ask = statistics.median(pair.measure(_RUNS)) / 1000
+            one = statistics.median(beyond_kernels(1) for _ in range(_RUNS))
+            longer = statistics.median(beyond_kernels(1 + _FURTHER) for _ in range(_RUNS // 10))
+            if number:
+                for key, value in (("ask", ask), ("one run", one), ("further program", (longer - one) / _FURTHER)):
+                    took[key].append(value)
+                took["task of a graph"].append(task_overhead_us())
+    for _ in range(rounds):
+        with L3Worker(touch, devices=["null:0"], faults={0: [Fault(kind="die")]}) as doomed:
+            began = time.perf_counter()
+            handle = doomed.submit(touch, np.zeros(8, np.float32))
+            handle.wait()
+            took["run and death"].append(1e3 * (time.perf_counter() - began))
+            assert handle.error is not None
+            began = time.perf_counter()
+        closing.append(1e3 * (time.perf_counter() - began))
+    click.echo(f"{machine()}; {device}, medians of {_RUNS} runs, {rounds} rounds")
+    ratios = [one / ask for one, ask in zip(took["one run"], took["ask"], strict=True)]
+    _print_rows(
+        {
+            "one run of one program, beyond its kernels": (took["one run"], "µs"),
+            "an ask between two processes, in the same rounds": (took["ask"], "µs"),
+            "one run over one ask": (ratios, "x"),
+            "each further program of an orchestration": (took["further program"], "µs"),
+            "each task of a captured graph, beyond its torch call": (took["task of a graph"], "µs"),
+            "a launch that kills its chip, until the run has failed": (took["run and death"], "ms"),
+            "close": (closing, "ms"),
+        }
+    )
 
 
 @contextlib.contextmanager

@@ -15,11 +15,19 @@ from ..kernels.memory import available_bytes
 __all__ = ["check", "described", "table"]
 
 
-def check(config: EngineConfig) -> str:
-    """Validate and describe; raises the ``ConfigError`` an engine with these settings would raise."""
+def check(config: EngineConfig, *, numerics: bool = False) -> str:
+    """Validate and describe; raises the ``ConfigError`` an engine with these settings would raise.
+
+    ``numerics``: run the kernels at the model's shapes, and tell which of them keep a token's bits in every batch.
+    """
     plan = plan_engine(config)
     TextModel(plan.model_dir)  # the plan reads no tokenizer; a tokenizer actor would refuse a broken one at start
-    return described(plan, available_bytes())
+    told = described(plan, available_bytes())
+    if not numerics:
+        return told
+    from ..kernels.numerics import Widths, probe_classes  # imports torch
+
+    return f"{told}\n\n{probe_classes(config.dtype, plan.threads, Widths.of(plan.spec))}"
 
 
 def described(plan: EnginePlan, available: int) -> str:

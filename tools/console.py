@@ -95,6 +95,9 @@ def _verdict(error: BaseException) -> tuple[int, str, str]:
         return EXIT_USAGE, _one_line(error.format_message()), f"see {where} --help" if where else ""
     if isinstance(error, errors.ReplayDiverged):
         return EXIT_DIVERGED, _one_line(str(error)), ""
+    if isinstance(error, errors.NumberedError):
+        cause = f"\nfirst cause: {_one_line(error.first_cause)}" if error.first_cause else ""
+        return EXIT_FAILED, f"{error.name} ({error.code}): {_one_line(error.detail)}", error.hint + cause
     if isinstance(error, errors.ChipbusError):
         is_refusal = isinstance(error, (errors.ConfigError, errors.RequestInvalid, errors.LedgerCorrupt))
         return EXIT_USAGE if is_refusal else EXIT_FAILED, _one_line(str(error)), _hint(error)

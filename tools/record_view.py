@@ -56,10 +56,11 @@ def summary_lines(record: Record) -> list[str]:
     manifest = record.manifest
     created = datetime.fromtimestamp(manifest.created_unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     settings = ", ".join(f"{name}={value}" for name, value in manifest.config.items() if value is not None)
+    model = f"{manifest.model_dir}, fingerprint {manifest.fingerprint[:16]}" if manifest.model_dir else "none"
     lines = [
         f"record    {record.directory}, format {manifest.format}",
         f"made      {created} by chipbus {manifest.chipbus_version} on {manifest.machine}",
-        f"model     {manifest.model_dir}, fingerprint {manifest.fingerprint[:16]}",
+        f"model     {model}",
         f"settings  {settings}",
     ]
     for ledger in record.ledgers:
@@ -147,6 +148,14 @@ def _described(ledger: LedgerFile, entry: Entry, programs: Mapping[bytes, Progra
             tensor = decode_field(ledger, entry, "tensor", TensorSpec)
             what = f"weights of {tensor.source}" if tensor.source else f"{tensor.dtype}{list(tensor.shape)}"
             return f"resident {tensor.resident}: {what}", attrs.asdict(tensor)
+        case "copy_to":
+            value = decode_field(ledger, entry, "value", Arg)
+            resident, shape = entry.fields["resident"], list(value.shape)
+            return f"resident {resident}: {value.dtype}{shape}", {
+                "resident": resident,
+                "dtype": value.dtype,
+                "shape": shape,
+            }
         case "dispatch":
             return _dispatch(ledger, entry, programs)
         case _:

@@ -23,12 +23,14 @@ from ..actors.manifest import RECORD_FORMAT, RunManifest
 from ..bus import Entry, Progress, read_ledger
 from ..errors import ConfigError, LedgerCorrupt
 from ..kernels.chips import Chip, open_chip
-from ..kernels.dispatch import Completion, Dispatch
+from ..kernels.diagnosis import DumpLevel, dump_arguments
+from ..kernels.dispatch import Arg, Completion, Dispatch
 from ..kernels.program import Direction, Program, TensorSpec
 from ..kernels.qwen3.model import ModelSpec
 
 __all__ = [
     "Difference",
+    "Dump",
     "LedgerFile",
     "Outcome",
     "Record",
@@ -38,11 +40,11 @@ __all__ = [
     "replay_dispatches",
 ]
 
-COMMANDS = ("register", "alloc", "free", "dispatch")
+COMMANDS = ("register", "unregister", "alloc", "free", "copy_to", "dispatch")
 """Kinds of entry that a chip worker's ledger holds for its chip's verbs, in the order they ran."""
 
 _LEDGER = re.compile(r"(?P<name>.+)\.(?P<incarnation>[1-9][0-9]*)\.ledger")
-_CHIP = re.compile(r"chip\.\d+\.\d+")
+_CHIP = re.compile(r"chip(\.\d+)+")
 
 T = TypeVar("T")
 OnProgress = Callable[[Progress], None]
@@ -113,6 +115,15 @@ class Difference:
 
 
 @attrs.frozen(kw_only=True)
+class Dump:
+    """What to write down while dispatches run again: one directory each, below one per life of a chip."""
+
+    directory: Path
+    level: DumpLevel
+    dispatch_id: int | None = None  # of the only one to write down
+
+
+@attrs.frozen(kw_only=True)
 class Outcome:
     """What running dispatches again showed."""
 
@@ -156,12 +167,18 @@ def merged_entries(record: Record) -> Iterator[tuple[LedgerFile, Entry]]:
 
 
 def replay_dispatches(
-    record: Record, *, chip: str | None = None, model: Path | None = None, on_progress: OnProgress | None = None
+    record: Record,
+    *,
+    chip: str | None = None,
+    model: Path | None = None,
+    dump: Dump | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Outcome:
     """Run recorded chip commands again, each life of a chip on a fresh chip of its own, up to the first difference.
 
     chip:  only this one, by name
     model: where the checkpoint lies now; None takes the recorded directory
+    dump:  write down what dispatches were given and gave back
 
     A record of ``null`` chips runs on null chips, any other on ``cpu`` chips with the recorded number of threads.
     Raises ``ConfigError`` if the checkpoint is missing or not the recorded one, before any command runs;
@@ -169,7 +186,7 @@ def replay_dispatches(
     """
     ledgers = record.chip_ledgers(chip)
     devices = {ledger.path: _device(ledger) for ledger in ledgers}
-    if any(not device.startswith("null:") for device, _ in devices.values()):
+    if record.manifest.model_dir and any(not device.startswith("null:") for device, _ in devices.values()):
         _check_model(record, model)
     total = sum(count for ledger in ledgers for kind, count in ledger.kinds.items() if kind in COMMANDS)
     done = dispatches = 0
@@ -177,7 +194,7 @@ def replay_dispatches(
         device, threads = devices[ledger.path]
         opened = open_chip(device, threads)
         try:
-            lifetime = _Lifetime(ledger, opened, model, on_progress)
+            lifetime = _Lifetime(ledger, opened, model, dump, on_progress)
             for entry in read_ledger(ledger.path):
                 if entry.kind not in COMMANDS:
                     continue
@@ -208,12 +225,21 @@ def decode_field(ledger: LedgerFile, entry: Entry, name: str, kind: type[T]) -> 
 class _Lifetime:
     """One life of a chip, commands run again in order on a fresh one."""
 
-    def __init__(self, ledger: LedgerFile, chip: Chip, model: Path | None, on_progress: OnProgress | None) -> None:
+    def __init__(
+        self,
+        ledger: LedgerFile,
+        chip: Chip,
+        model: Path | None,
+        dump: Dump | None,
+        on_progress: OnProgress | None,
+    ) -> None:
         self._ledger = ledger
         self._chip = chip
         self._model = model
+        self._dump = dump
         self._on_progress = on_progress
         self._programs: dict[bytes, Program] = {}
+        self._tensors: dict[int, TensorSpec] = {}
 
     def run(self, entry: Entry) -> Difference | None:
         """Run one command; for a dispatch, the first parameter whose digest differs."""
@@ -222,13 +248,19 @@ class _Lifetime:
                 program = self._decode(entry, "program", Program)
                 self._programs[program.digest] = program
                 self._chip.register(program)
+            case "unregister":
+                self._chip.unregister(entry.fields["program"])
             case "alloc":
                 tensor = self._decode(entry, "tensor", TensorSpec)
                 if tensor.source and self._model is not None:
                     tensor = attrs.evolve(tensor, source=str(self._model.absolute()))
                 self._chip.alloc(tensor, self._report)
+                self._tensors[tensor.resident] = tensor
             case "free":
                 self._chip.free(entry.fields["resident"])
+                del self._tensors[entry.fields["resident"]]
+            case "copy_to":
+                self._chip.copy_to(entry.fields["resident"], self._decode(entry, "value", Arg))
             case "dispatch":
                 return self._launch(entry)
         return None
@@ -242,7 +274,10 @@ class _Lifetime:
         written = [param.name for param in program.params if param.direction is not Direction.IN]
         if len(recorded) != len(written):
             raise self._corrupt(entry, f"{len(recorded)} digests for the {len(written)} outputs of {program.name}")
-        replayed = self._chip.launch(dispatch, digest=True).digests
+        completion = self._chip.launch(dispatch, digest=True)
+        if self._dump is not None and self._dump.dispatch_id in (None, dispatch.dispatch_id):
+            self._write_down(self._dump, program, dispatch, completion)
+        replayed = completion.digests
         for parameter, then, now in zip(written, recorded, replayed, strict=True):
             if then != now:
                 return Difference(
@@ -256,6 +291,19 @@ class _Lifetime:
                     replayed=now.hex(),
                 )
         return None
+
+    def _write_down(self, dump: Dump, program: Program, dispatch: Dispatch, completion: Completion) -> None:
+        """Arguments and results, residents with what they hold after the dispatch; weights are not read."""
+        life = f"{self._ledger.name}.{self._ledger.incarnation}"
+        residents = {arg.resident for arg in dispatch.args if arg.resident and not self._tensors[arg.resident].source}
+        dump_arguments(
+            dump.directory / life / f"{dispatch.dispatch_id:06d}_{program.name}",
+            program,
+            dispatch.args,
+            level=dump.level,
+            outputs=completion.outputs,
+            residents={} if dump.level == "shapes" else {i: self._chip.copy_from(i) for i in sorted(residents)},
+        )
 
     def _report(self, done: float, total: float) -> None:
         if self._on_progress is not None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import attrs
 import click
 
-from ..errors import ReplayDiverged
+from ..errors import ConfigError, ReplayDiverged
+from ..kernels.diagnosis import DumpLevel
 from .options import HELP, with_traceback
 from .progress import progress_view
 
@@ -61,19 +62,39 @@ def show(directory: Path, request: str | None, kind: str | None, as_json: bool) 
 @click.option(
     "--model", metavar="DIR", type=click.Path(path_type=Path), help="where the model lies now, if not as recorded"
 )
+@click.option("--dump", metavar="DIR", type=click.Path(path_type=Path), help="write down arguments and results here")
+@click.option(
+    "--dump-level",
+    type=click.Choice(["shapes", "digests", "values"]),
+    default="digests",
+    show_default=True,
+    help="each says all that the one before it says; values: arrays as .npy files, 64 MiB per dispatch",
+)
+@click.option("--dump-dispatch", metavar="ID", type=click.IntRange(1), help="only the dispatch of this number")
 @click.option("--json", "as_json", is_flag=True, help="print the outcome as one JSON object")
 @with_traceback
-def dispatch(directory: Path, chip: str | None, model: Path | None, as_json: bool) -> None:
+def dispatch(
+    directory: Path,
+    chip: str | None,
+    model: Path | None,
+    dump: Path | None,
+    dump_level: DumpLevel,
+    dump_dispatch: int | None,
+    as_json: bool,
+) -> None:
     """Run every recorded chip command again on fresh chips and compare what was computed, bit for bit.
 
     Runs on cpu chips, or null chips if the record was made with those. Stops at the first difference with exit code 11.
     """
-    from .replay import open_record, replay_dispatches
+    from .replay import Dump, open_record, replay_dispatches
 
+    if dump is not None and dump.exists():
+        raise ConfigError(f"--dump {dump} exists already; name a new directory")
+    wanted = None if dump is None else Dump(directory=dump, level=dump_level, dispatch_id=dump_dispatch)
     began_s = time.monotonic()
     with progress_view() as view:
         record = open_record(directory, view.show)
-        outcome = replay_dispatches(record, chip=chip, model=model, on_progress=view.show)
+        outcome = replay_dispatches(record, chip=chip, model=model, dump=wanted, on_progress=view.show)
     seconds = time.monotonic() - began_s
     if as_json:
         click.echo(json.dumps({"is_equal": outcome.difference is None, **attrs.asdict(outcome), "seconds": seconds}))

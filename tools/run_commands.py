@@ -5,14 +5,18 @@ Owns: nothing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..errors import ConfigError
 from .options import HELP, engine_options, resolved_from, sampling_from, sampling_options, with_traceback
 
 __all__ = ["bus_run"]
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.group(context_settings=HELP)
@@ -48,14 +52,56 @@ def generate(prompts: tuple[str, ...], as_json: bool, print_config: bool, **opti
 
 
 @bus_run.command(context_settings=HELP)
+@click.option("--numerics", is_flag=True, help="also measure whether a token's bits depend on its batch; seconds")
 @engine_options
 @with_traceback
-def check(print_config: bool, **options: Any) -> None:
+def check(print_config: bool, numerics: bool, **options: Any) -> None:
     """Validate settings and MODEL without starting anything; print the placement and the memory it needs."""
     from .check import check as run
 
     resolved = resolved_from(options)
-    click.echo(resolved.as_toml() if print_config else run(resolved.config))
+    click.echo(resolved.as_toml() if print_config else run(resolved.config, numerics=numerics))
+
+
+@bus_run.command("graph", context_settings=HELP)
+@click.argument("model", default="demo")
+@click.option("--prefill", type=click.IntRange(1), metavar="TOKENS", help="pass over so many prompt tokens of one row")
+@click.option("--decode", type=click.IntRange(1), metavar="ROWS", help="pass over one token of each row  [default: 1]")
+@click.option("--context", type=click.IntRange(0), default=128, show_default=True, help="tokens each row has before")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--fine", is_flag=True, help="cut operations into small tiles; otherwise a task is a whole operation")
+@click.option("--measure", is_flag=True, help="run it on a cpu chip; otherwise its time is modelled")
+@click.option("--threads", type=click.IntRange(1), help="compute threads of --measure; default: all cores")
+@click.option("--json", "json_file", type=_FILE, help="write tasks, edges and times")
+@click.option("--svg", "svg_file", type=_FILE, help="draw the dependency graph")
+@click.option("--rings", "rings_file", type=_FILE, help="draw what the rings held")
+@click.option("--trace", "trace_file", type=_FILE, help="write a timeline for ui.perfetto.dev")
+@with_traceback
+def graph_command(
+    model: str,
+    prefill: int | None,
+    decode: int | None,
+    context: int,
+    dtype: str,
+    fine: bool,
+    measure: bool,
+    threads: int | None,
+    json_file: Path | None,
+    svg_file: Path | None,
+    rings_file: Path | None,
+    trace_file: Path | None,
+) -> None:
+    """Tasks, edges and critical path of one forward pass of MODEL, a directory or 'demo', through all its layers."""
+    from ..kernels.qwen3.tiling import COARSE, FINE
+    from .graph import Outputs, Work, graph
+
+    if prefill is not None and decode is not None:
+        raise ConfigError("--prefill and --decode are given; a pass is one of them")
+    work = Work(prefill or 0, decode or 1, context)
+    outputs = Outputs(json=json_file, svg=svg_file, rings=rings_file, trace=trace_file)
+    cores = len(os.sched_getaffinity(0))
+    tiling = FINE if fine else COARSE
+    graph(model, work, outputs, dtype=dtype, tiling=tiling, threads=(threads or cores) if measure else None)
 
 
 @bus_run.group(context_settings=HELP)
@@ -105,6 +151,17 @@ def bench_start(rounds: int) -> None:
     from .benchmarks import start
 
     start(rounds)
+
+
+@bench.command("worker", context_settings=HELP)
+@click.option("--device", default="cpu:0", show_default=True, help="the chip, for example null:0")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="measured; one more goes before")
+@with_traceback
+def bench_worker(device: str, rounds: int) -> None:
+    """What an L3 worker adds to its kernels: per run, per further program, per task; and how fast it ends."""
+    from .benchmarks import worker
+
+    worker(device, rounds)
 
 
 @bench.command("bus", context_settings=HELP)

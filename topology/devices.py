@@ -15,10 +15,9 @@ from ..errors import TopologyError
 
 __all__ = ["CHIP_KINDS", "Device", "default_devices", "parse_devices"]
 
-CHIP_KINDS = ("cpu", "null")
+CHIP_KINDS = ("cpu", "cuda", "null")
 """Kinds of chip this version has a driver for."""
 
-_WITHOUT_DRIVER = ("cuda",)
 _NAME = re.compile(r"([a-z]+):(0|[1-9][0-9]{0,8})")
 
 
@@ -46,8 +45,6 @@ def check_kind(kind: str) -> None:
     """Raise ``TopologyError`` unless ``kind`` names a chip this version can open."""
     if kind in CHIP_KINDS:
         return
-    if kind in _WITHOUT_DRIVER:
-        raise TopologyError(f"chip kind {kind!r} has no driver in this version; use one of {', '.join(CHIP_KINDS)}")
     near = difflib.get_close_matches(str(kind), CHIP_KINDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CHIP_KINDS)}"
     raise TopologyError(f"chip kind {kind!r} is unknown; {hint}")

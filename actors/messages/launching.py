@@ -1,17 +1,35 @@
-"""The conversation between a replica core and its chip workers: programs, resident tensors, dispatches.
+"""The conversation between the owner of a chip and its worker: programs, resident tensors, launches.
 
-All are asks, executed in order of arrival by the chip worker's compute thread.
+All are asks, executed in order of arrival by the chip worker's compute thread (so malloc → copy → launch needs no wait
+in between); ``ChipReportRequest`` alone is answered at once by the bus thread.
 """
 
 from __future__ import annotations
 
 import attrs
 
-from ...bus import Lane, message, register
-from ...kernels.dispatch import Completion, Dispatch
+from ...bus import Failure, Lane, message
+from ...kernels.dispatch import Arg, Completion, Dispatch
 from ...kernels.program import Program, TensorSpec
 
-__all__ = ["AllocTensor", "Completion", "Dispatch", "Done", "FreeTensor", "RegisterProgram"]
+__all__ = [
+    "AllocTensor",
+    "ChipReport",
+    "ChipReportRequest",
+    "Completion",
+    "Copied",
+    "CopyFrom",
+    "CopyTo",
+    "DescribeGraph",
+    "Described",
+    "Dispatch",
+    "Done",
+    "FreeTensor",
+    "Launch",
+    "Launched",
+    "RegisterProgram",
+    "UnregisterProgram",
+]
 
 
 @message(0x0301, lane=Lane.WORK)
@@ -50,5 +68,88 @@ class Done:
     resident_bytes: int = 0  # memory the chip holds now
 
 
-register(0x0305, Dispatch, lane=Lane.WORK)
-register(0x0306, Completion, lane=Lane.WORK)
+@message(0x0305, lane=Lane.WORK)
+@attrs.frozen
+class Launch:
+    """Run dispatches one after another: one message however many there are. Reply: ``Launched``.
+
+    ``after[i]`` are the positions, all below ``i``, of dispatches in this message that ``i`` must not run without: if
+    one of them failed, ``i`` is not run and fails, too. Shorter than ``dispatches`` or empty: no such positions.
+    """
+
+    dispatches: tuple[Dispatch, ...]
+    after: tuple[tuple[int, ...], ...] = ()
+
+
+@message(0x0306, lane=Lane.WORK)
+@attrs.frozen
+class Launched:
+    """Every dispatch of a ``Launch`` has ended: completions in order of position, of those that are in no failure."""
+
+    completions: tuple[Completion, ...]
+    failures: tuple[tuple[int, Failure], ...] = ()  # (position, why)
+
+
+@message(0x0307, lane=Lane.WORK)
+@attrs.frozen
+class UnregisterProgram:
+    """Forget a program. An unknown digest is refused. Reply: ``Done``."""
+
+    program: bytes
+
+
+@message(0x0308, lane=Lane.WORK)
+@attrs.frozen
+class CopyTo:
+    """Overwrite a resident tensor. Reply: ``Done``."""
+
+    resident: int
+    value: Arg
+
+
+@message(0x0309, lane=Lane.WORK)
+@attrs.frozen
+class CopyFrom:
+    """Read a resident tensor. Reply: ``Copied``."""
+
+    resident: int
+
+
+@message(0x030A, lane=Lane.WORK)
+@attrs.frozen
+class Copied:
+    """A resident tensor by value."""
+
+    value: Arg
+
+
+@message(0x030B, lane=Lane.HEALTH)
+@attrs.frozen
+class ChipReportRequest:
+    """What is the chip at? Answered by the bus thread, so it never waits behind a launch. Reply: ``ChipReport``."""
+
+
+@message(0x030C, lane=Lane.HEALTH)
+@attrs.frozen
+class ChipReport:
+    """One chip worker at this moment."""
+
+    committed_bytes: int  # of resident tensors and weights, scratch included, as of the last command that ended
+    running: str  # the command or dispatch on the compute thread; empty: idle
+    running_s: float
+
+
+@message(0x030D, lane=Lane.WORK)
+@attrs.frozen
+class DescribeGraph:
+    """What is in a captured graph, by the name in ``Completion.graph``? Reply: ``Described``."""
+
+    graph: str
+
+
+@message(0x030E, lane=Lane.WORK)
+@attrs.frozen
+class Described:
+    """A captured graph as ``kernels.diagnosis`` writes it."""
+
+    json: str

@@ -11,6 +11,7 @@ __all__ = [
     "ChildEnd",
     "ChildRecord",
     "CloseReport",
+    "Condemn",
     "GroupLost",
     "ReplicaStatistics",
     "ReplicaStatisticsRequest",
@@ -145,3 +146,16 @@ class StartError:
 
     error: str
     text: str
+
+
+@message(0x040B, lane=Lane.CHILD)
+@attrs.frozen
+class Condemn:
+    """Told to the supervisor by the owner of a child's work: this life of it is of no use any more.
+
+    It is killed, which counts as a death of its own. An incarnation that has ended meanwhile is let be.
+    """
+
+    child: str
+    incarnation: int
+    reason: str

@@ -20,6 +20,7 @@ from ...errors import ConfigError, KernelError
 from ..dispatch import Arg, Completion, Dispatch
 from ..program import Direction, Param, Program, TensorSpec
 from .model import ModelSpec
+from .tiling import COARSE, Tiling
 
 __all__ = [
     "SAMPLE_COLUMNS",
@@ -102,7 +103,7 @@ class ModelPrograms:
         return (self.prefill, self.decode, self.final_norm, self.lm_head, self.sample)
 
     @classmethod
-    def build(cls, spec: ModelSpec, limits: Limits) -> ModelPrograms:
+    def build(cls, spec: ModelSpec, limits: Limits, tiling: Tiling = COARSE) -> ModelPrograms:
         """Describe programs and residents; pure, so every process that builds them gets the same digests."""
         cache_shape = (spec.num_layers, spec.num_kv_heads, limits.num_pages, limits.page_size, spec.head_dim)
         rows = limits.max_num_seqs
@@ -131,7 +132,7 @@ class ModelPrograms:
             kept("v_cache", v_cache, Direction.INOUT),
             kept("hidden", hidden, Direction.OUT),
         )
-        static = (
+        static: tuple[tuple[str, int | float | str | bool], ...] = (
             ("vocab_size", spec.vocab_size),
             ("hidden_size", spec.hidden_size),
             ("intermediate_size", spec.intermediate_size),
@@ -149,6 +150,7 @@ class ModelPrograms:
             ("max_model_len", limits.max_model_len),
             ("page_size", limits.page_size),
             ("num_pages", limits.num_pages),
+            *tiling.static,
         )
 
         def program(name: str, *params: Param) -> Program:

@@ -9,7 +9,7 @@ import pytest
 
 from chipbus.actors.chip import ChipActor, ThreadCompute
 from chipbus.actors.messages.launching import Done, RegisterProgram
-from chipbus.bus import Ready
+from chipbus.bus import Ready, SystemClock
 from chipbus.errors import ChipbusError, KernelError
 from chipbus.kernels.qwen3.model import ModelSpec
 from chipbus.kernels.qwen3.step import Limits, ModelPrograms
@@ -39,6 +39,7 @@ class DelayedBus:
     def __init__(self, heard: Heard) -> None:
         self.call_soon_threadsafe = heard.post
         self.ledger = None
+        self.clock = SystemClock()
         self.told: list[object] = []
 
     def tell(self, _to: str, message: object) -> None:

@@ -28,6 +28,7 @@ from chipbus.actors.lifecycle import (
     AnnounceStopped,
     AskStop,
     Begin,
+    ChildCondemned,
     ChildDied,
     ChildFailed,
     ChildLinked,
@@ -411,12 +412,19 @@ class AnyOrder(RuleBasedStateMachine):
         name = self.some(data)
         self.do(ChildFailed(name, self.alive[name], "ConfigError", "no"))
 
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def condemn(self, data: st.DataObject) -> None:
+        name = self.some(data)
+        self.do(ChildCondemned(name, self.alive[name], "its kernel hangs"))
+
     @rule(name=st.sampled_from(NAMES), age=st.integers(1, 3))
     def late_news(self, name: str, age: int) -> None:
         incarnation = self.play.tree.children[name].incarnation - age
         before = self.play.tree
         self.do(ChildDied(name, incarnation, KILLED))
         self.do(ChildReady(name, incarnation))
+        self.do(ChildCondemned(name, incarnation, "late"))
         assert {n: c.incarnation for n, c in before.children.items()} == {
             n: c.incarnation for n, c in self.play.tree.children.items()
         }

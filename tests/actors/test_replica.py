@@ -175,11 +175,11 @@ def test_refusals_are_typed_and_keep_nothing() -> None:
 
 def test_the_core_reports_ready_only_when_its_chip_can_serve() -> None:
     replica = Replica(2)
-    assert replica.core._is_chip_ready or not replica.core._is_reported_ready
+    assert replica.core._lane.is_ready or not replica.core._is_reported_ready
 
     replica.system.run_until(lambda: replica.core._is_reported_ready)
 
-    assert replica.core._is_chip_ready
+    assert replica.core._lane.is_ready
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

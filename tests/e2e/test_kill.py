@@ -130,7 +130,7 @@ from chipbus import Engine, SamplingParams
 engine = Engine("demo", chip="null", data_parallel_size=2)
 stream = engine.stream([1, 2], SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True))
 next(stream)
-print(engine._runtime._run_dir.path, *[record.pid for record in engine.tree()], flush=True)
+print(engine._runtime.processes._run_dir.path, *[record.pid for record in engine.tree()], flush=True)
 for _ in stream:
     pass
 sys.stdin.read()

@@ -39,7 +39,7 @@ def test_a_recorded_run_can_be_read(record: Path) -> None:
     done = replay("show", str(record))
 
     assert done.returncode == 0, done.stderr
-    for word in ("Generate", "Submit", "Dispatch", "batch", "req-1"):
+    for word in ("Generate", "Submit", "Launch", "batch", "req-1"):
         assert word in done.stdout
 
 

@@ -167,4 +167,9 @@ def test_every_error_is_documented_and_in_one_tree() -> None:
         error = getattr(errors, name)
         assert issubclass(error, errors.ChipbusError)
         assert error.__doc__
-        assert str(error("one sentence")) == "one sentence"
+        text = str(error("one sentence"))
+        assert str(error(text)) == text  # an error that crosses the bus is made from its text
+        if issubclass(error, errors.NumberedError):
+            assert text == f"{error.name} ({error.code}): one sentence\nhint: {error.hint}"
+        else:
+            assert text == "one sentence"

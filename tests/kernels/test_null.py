@@ -175,5 +175,7 @@ def test_a_hanging_launch_ends_when_the_chip_is_closed(running: Callable[..., Ru
 
 def test_a_fault_that_makes_no_sense_is_refused() -> None:
     for fault in ({"dispatch": 0, "kind": "fail"}, {"dispatch": 1, "kind": "explode"}):
-        with pytest.raises(ConfigError, match="expected fail, die, hang or slow at 1 or later"):
+        with pytest.raises(
+            ConfigError, match="expected fail, die, hang, stop, slow, corrupt or refuse_alloc at 1 or later"
+        ):
             Fault(**fault)  # type: ignore[arg-type]

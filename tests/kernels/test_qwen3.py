@@ -12,7 +12,7 @@ import torch
 from kernel_runs import RunningModel, table
 
 from chipbus.kernels.cpu import CpuChip
-from chipbus.kernels.qwen3.graphs import PREFILL_BUCKETS, ROW_BUCKETS, bucket_of, trace_forward
+from chipbus.kernels.qwen3.graphs import PREFILL_BUCKETS, ROW_BUCKETS, bucket_of, trace_prefill
 from chipbus.kernels.qwen3.step import DecodeRow, Limits, PrefillRow, SampleRow
 
 SHAPES = ["tied", "untied-sharded-odd-vocabulary", "bias-no-groups", "wide-heads"]
@@ -173,8 +173,10 @@ def test_buckets_cover_every_count_with_the_smallest_that_holds_it() -> None:
 def test_graphs_are_traced_once_per_bucket_and_the_cache_is_bounded(checkpoint: Callable[[str], Path]) -> None:
     chip = CpuChip(1, max_graphs=3)
     model = RunningModel(checkpoint("tied"), chip=chip)
-    for length in (3, 4, 60):
-        model.step([PrefillRow(tokens=np.ones(length, np.int32), start=0, block_table=table(0, 1, 2, 3), row=0)])
+    for length in (250, 193, 256):
+        model.step(
+            [PrefillRow(tokens=np.ones(length, np.int32), start=0, block_table=np.arange(16, dtype=np.int32), row=0)]
+        )
     assert chip.num_graphs == 1
     for length in (70, 130, 200, 3):
         model.step(
@@ -187,7 +189,7 @@ def test_every_layer_waits_for_the_one_before_and_attention_for_the_pages_just_w
     checkpoint: Callable[[str], Path],
 ) -> None:
     model = RunningModel(checkpoint("tied"))
-    graph = trace_forward(dict(model.programs.prefill.static), 64)
+    graph = trace_prefill(dict(model.programs.prefill.static), 64)
     kernels = [task.kernel for task in graph.tasks]
     assert kernels.count("paged_attention") == kernels.count("rotate_and_store") == model.spec.num_layers
     for at, task in enumerate(graph.tasks):

@@ -13,6 +13,7 @@ from torch import Tensor
 from chipbus.errors import KernelError
 from chipbus.kernels.graph import GraphBuilder, Tag
 from chipbus.kernels.qwen3.rows import plan_rows
+from chipbus.kernels.torch_attention import AttentionMemory, widest_block
 from chipbus.kernels.torch_executor import BoundGraph
 from chipbus.kernels.torch_kernels import KERNELS, Kernel, Window, Workspace
 from chipbus.kernels.weights import can_pack, interleave_halves, pack
@@ -53,7 +54,13 @@ def close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 def test_rms_norm(dtype: torch.dtype, rows: int, width: int) -> None:
     x, gamma = 3 * randn(rows, width, dtype=dtype), randn(width, seed=1)
     out = torch.empty(rows, width, dtype=dtype)
-    run("rms_norm", [(Tag.INPUT, "x", x), (Tag.INPUT, "gamma", gamma), (Tag.OUTPUT, "h", out)], eps=1e-3)
+    run(
+        "rms_norm",
+        [(Tag.INPUT, "x", x), (Tag.INPUT, "gamma", gamma), (Tag.OUTPUT, "h", out)],
+        window=Window.of(rows, rows),
+        eps=1e-3,
+        first_token=0,
+    )
     wide = x.double()
     close(out, wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * gamma, dtype)
 
@@ -167,6 +174,7 @@ def test_rotate_and_store(dtype: torch.dtype, tokens: int, real: int, slots_foll
         ],
         window=window,
         eps=1e-5,
+        first_token=0,
     )
 
     def reference(x: Tensor, gamma: Tensor) -> Tensor:
@@ -175,7 +183,7 @@ def test_rotate_and_store(dtype: torch.dtype, tokens: int, real: int, slots_foll
         x = turned(x, angles.cos(), angles.sin())
         return interleave_halves(x.transpose(0, 2).contiguous(), dim).transpose(0, 2)
 
-    close(q, reference(q_in, q_norm), dtype)
+    close(q[:real], reference(q_in, q_norm)[:real], dtype)
     keys, values = (cache.view(kv_heads, -1, dim).transpose(0, 1) for cache in caches)
     close(keys[slots], reference(k_in, k_norm)[:real], dtype)
     assert torch.equal(values[slots], v_in.view(tokens, kv_heads, dim)[:real])
@@ -209,7 +217,10 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, start: int) -> 
     ids=str,
 )
 @pytest.mark.parametrize("scattered", [False, True])
-def test_paged_attention(dtype: torch.dtype, starts: list[int], lengths: list[int], scattered: bool) -> None:
+@pytest.mark.parametrize("block", [1, 64])
+def test_paged_attention(
+    dtype: torch.dtype, starts: list[int], lengths: list[int], scattered: bool, block: int
+) -> None:
     heads, kv_heads, dim, page_size, pages = 4, 2, 8, 16, 160
     total = sum(lengths)
     tokens = total + 3  # padding at the end
@@ -240,7 +251,7 @@ def test_paged_attention(dtype: torch.dtype, starts: list[int], lengths: list[in
             (Tag.INPUT, "q", q), (Tag.INPUT, "k", k_cache), (Tag.INPUT, "v", v_cache), *unused,
             (Tag.OUTPUT, "attended", out),
         ],
-        window=window,
+        window=window, block=block, first_token=0,
     )  # fmt: skip
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         positions = torch.arange(start + length)
@@ -254,12 +265,18 @@ def test_paged_attention(dtype: torch.dtype, starts: list[int], lengths: list[in
 
 
 def test_causal_masks_of_all_sizes_are_cut_from_one() -> None:
-    mask = Workspace(torch.float32).mask
+    mask = AttentionMemory(torch.float32).mask
     for queries, past in ((3, 2), (1, 0), (256, 5000), (2, 1), (7, 5001)):
         found = mask(queries, past)
         sees = torch.arange(past + queries)[None] <= past + torch.arange(queries)[:, None]
         assert torch.equal(found == 0, sees)
         assert torch.equal(found == -torch.inf, ~sees)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wide_block_of_queries_is_used_only_where_it_gives_the_bits_of_narrow_ones(dtype: torch.dtype) -> None:
+    assert widest_block(64, 4, 2, 24, dtype) in (64, 256)
+    assert widest_block(48, 4, 2, 24, dtype) == 48  # 256 is no multiple of it
 
 
 def test_an_intermediate_made_anew_takes_no_memory_and_a_partly_written_one_keeps_its_own() -> None:

@@ -47,13 +47,28 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", errors.__all__)
 def test_each_error_of_ours_is_its_sentence_and_its_code(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run_command(raising(getattr(errors, name)("setting x is 3;\n it must be 4")))
+    error = getattr(errors, name)
+    code = run_command(raising(error("setting x is 3;\n it must be 4")))
 
     shown = capsys.readouterr()
     assert code == EXPECTED[name]
     assert shown.out == ""
-    assert shown.err.splitlines()[0] == "bus-run: setting x is 3; it must be 4"
+    number = f"{error.name} ({error.code}): " if issubclass(error, errors.NumberedError) else ""
+    assert shown.err.splitlines()[0] == f"bus-run: {number}setting x is 3; it must be 4"
     assert all(line.startswith("hint: ") for line in shown.err.splitlines()[1:])
+
+
+def test_a_numbered_error_is_three_lines_what_failed_what_to_do_and_what_it_began_with(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = errors.CoreException("task 3 of matmul (store) failed: ValueError: no")
+
+    run_command(raising(errors.TaskAborted("dispatch 2 was not run").caused_by(first)))
+
+    what, hint, cause = capsys.readouterr().err.splitlines()
+    assert what == "bus-run: TASK_ABORT (107022): dispatch 2 was not run"
+    assert hint == "hint: look at the first cause"
+    assert cause.startswith("first cause: CORE_EXCEPTION (507015): task 3 of matmul (store) failed: ValueError: no")
 
 
 @pytest.mark.parametrize(
