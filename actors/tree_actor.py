@@ -5,6 +5,7 @@ Owns: the latest picture of the tree. Thread: the bus thread. Who asks the tree 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import attrs
@@ -35,7 +36,7 @@ class TreeEvents:
     on_progress: Callable[[Progress], None]
 
 
-class TreeActor(Actor):
+class TreeActor(Actor, ABC):
     """Listens to the supervisor. ``events`` is set by the tree's owner before the bus runs."""
 
     def __init__(self) -> None:
@@ -46,13 +47,13 @@ class TreeActor(Actor):
         """The inbox is bound: the supervisor may be started."""
         self._heard.on_bound()
 
+    @abstractmethod
     def fail_all(self, error: ChipbusError) -> None:
         """End everything under way with ``error``; later work gets it at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_fatal(self, lost: GroupLost) -> bool:
         """Whether nothing is of use any more without the children that were given up."""
-        raise NotImplementedError
 
     @property
     def _heard(self) -> TreeEvents:

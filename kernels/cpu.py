@@ -43,6 +43,9 @@ class CpuChip(TorchChip):
         """Memory of the machine, or of the cgroup this process is in."""
         return available_bytes()
 
+    def synchronize(self) -> None:
+        """Nothing is queued: a kernel has ended when its call returns."""
+
     def zeros(self, count: int) -> Tensor:
         """Zeros that take memory as they are written; torch.zeros would touch them all. numpy asks for huge pages."""
         memory = np.zeros(count + _CACHE_LINE, np.uint8)

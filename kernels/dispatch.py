@@ -25,9 +25,18 @@ class Arg:
     data: bytes = b""
 
     @classmethod
-    def of(cls, array: NDArray[Any]) -> Arg:
-        """By value; dtype and shape are the array's."""
-        return cls(dtype=array.dtype.name, shape=array.shape, data=np.ascontiguousarray(array).tobytes())
+    def of(cls, array: NDArray[Any], dtype: str = "") -> Arg:
+        """By value; dtype and shape are the array's, or converted to ``dtype``.
+
+        numpy lacks bfloat16: numbers are rounded to the nearest one, ties to even.
+        """
+        if dtype == "bfloat16":
+            bits = np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.uint64)
+            rounded = np.where(np.isnan(array), 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            return cls(dtype=dtype, shape=array.shape, data=rounded.tobytes())
+        if dtype:
+            array = array.astype(dtype, copy=False)
+        return cls(dtype=array.dtype.name, shape=array.shape, data=array.tobytes())
 
     @classmethod
     def out(cls, dtype: str, shape: tuple[int, ...]) -> Arg:

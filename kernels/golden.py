@@ -19,7 +19,7 @@ from .dispatch import Arg, Dispatch
 from .program import Direction, Param
 from .tiles import TileProgram, shape_of
 
-__all__ = ["GoldenReport", "array_of", "golden", "value_of"]
+__all__ = ["GoldenReport", "golden"]
 
 Array = NDArray[Any]
 Draw = tuple[int, int] | Callable[[np.random.Generator, Mapping[str, int]], Array]
@@ -69,11 +69,11 @@ def golden(
             args = tuple(
                 Arg.out(param.dtype, shape_of(param, sizes))
                 if param.direction is Direction.OUT
-                else value_of(given[param.name], param.dtype)
+                else Arg.of(given[param.name], param.dtype)
                 for param in program.params
             )
             dispatch = Dispatch(dispatch_id=number + 1, step_id=1, program=program.program.digest, args=args)
-            found = [array_of(arg) for arg in chip.launch(dispatch).outputs]
+            found = [arg.numpy() for arg in chip.launch(dispatch).outputs]
             for param, ours, theirs in zip(_written(program), found, expected, strict=True):
                 worst = max(
                     worst, _compared(f"{program.name} at {dict(sizes)}, {param.name}", ours, theirs, rtol, atol)
@@ -81,23 +81,6 @@ def golden(
         return GoldenReport(program.name, len(shapes), worst)
     finally:
         chip.close()
-
-
-def value_of(array: Array, dtype: str) -> Arg:
-    """An array as an argument of a dtype; to bfloat16 it is rounded to the nearest, ties to even."""
-    if dtype != "bfloat16":
-        return Arg.of(np.ascontiguousarray(array, dtype=dtype))
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.uint64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return Arg(dtype=dtype, shape=array.shape, data=rounded.astype(np.uint16).tobytes())
-
-
-def array_of(value: Arg) -> Array:
-    """The array of an argument; bfloat16, which numpy does not know, as float32."""
-    if value.dtype != "bfloat16":
-        return value.numpy()
-    bits = np.frombuffer(value.data, np.uint16).astype(np.uint32) << 16
-    return bits.view(np.float32).reshape(value.shape)
 
 
 def _written(program: TileProgram) -> list[Param]:
@@ -121,7 +104,7 @@ def _drawn(
             array = chance.integers(*draw, size=shape)
         else:
             array = draw(chance, sizes) if draw is not None else chance.standard_normal(shape)
-        drawn[param.name] = array_of(value_of(np.asarray(array).reshape(shape), param.dtype)).copy()
+        drawn[param.name] = Arg.of(np.asarray(array).reshape(shape), param.dtype).numpy().copy()
     return drawn
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,10 +30,10 @@ from .weights import load_weights
 
 __all__ = ["Launch", "Runner", "TorchChip"]
 
-_MAX_GRAPHS = 64  # all buckets of the Qwen3 programs are 33; a second set of limits fits beside them
+_MAX_GRAPHS = 64  # all buckets of the Qwen3 programs are 36
 
 
-class TorchChip:
+class TorchChip(ABC):
     """A ``Chip`` on ``device``. ``runners``: how each kind of program is run, beside tile programs.
 
     Equal dispatches on equal residents give equal bits, for the same threads.
@@ -166,14 +167,15 @@ class TorchChip:
         """The memory of a resident tensor, for programs and tests."""
         return self._tensors[resident]
 
+    @abstractmethod
     def free_bytes(self) -> int:
         """Memory that can be allocated now."""
-        raise NotImplementedError
 
     def zeros(self, count: int) -> Tensor:
         """``count`` zero bytes of the device's memory."""
         return torch.zeros(count, dtype=torch.uint8, device=self.device)
 
+    @abstractmethod
     def synchronize(self) -> None:
         """Return when everything queued on the device has ended."""
 

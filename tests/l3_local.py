@@ -293,6 +293,7 @@ class LocalWorker:
         subs: dict[str, Callable[..., object]] | None = None,
         track_war: bool = False,
         max_restarts: int = 3,
+        command_timeout_s: float = 5.0,
         start: bool = True,
     ) -> None:
         self.system = LocalSystem(seed)
@@ -316,7 +317,7 @@ class LocalWorker:
             devices=tuple(f"null:{worker}" for worker in range(chips)),
             depth=depth,
             run_timeout_s=10.0,
-            command_timeout_s=5.0,
+            command_timeout_s=command_timeout_s,
         )
         self.core = L3Core(
             settings,

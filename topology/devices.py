@@ -30,7 +30,7 @@ class Device:
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """``cpu:0`` → ``Device("cpu", 0)``. Raises ``TopologyError`` for anything else, or a kind without a driver."""
+        """``cpu:0`` → ``Device("cpu", 0)``. Raises ``TopologyError`` for anything else, or an unknown kind."""
         match = _NAME.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise TopologyError(f"device {text!r} is not KIND:INDEX, for example cpu:0")
@@ -51,7 +51,7 @@ def check_kind(kind: str) -> None:
 
 
 def default_devices(chip: str, count: int) -> tuple[Device, ...]:
-    """The first ``count`` devices of one kind. Raises ``TopologyError`` for a kind without a driver."""
+    """The first ``count`` devices of one kind. Raises ``TopologyError`` for an unknown kind."""
     check_kind(chip)
     return tuple(Device(chip, index) for index in range(count))
 

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import attrs
@@ -44,12 +44,14 @@ from .programs import Orchestration, Registration, as_program
 from .question import Question
 from .run_graph import run_graph
 from .runs import Run, RunConfig, RunHandle, Wait
-from .tensors import DeviceTensor, StackedTensor, TensorBook, as_value, check_array, check_dtype, check_shape
+from .tensors import DeviceTensor, StackedTensor, TensorBook, check_array, check_dtype, check_shape
 
 __all__ = ["MAX_COPY_BYTES", "CoreSettings", "L3Core", "WorkerState"]
 
 MAX_COPY_BYTES = 60 << 20
 """Largest array that travels to or from a chip: it goes in one message."""
+
+_MAX_CONFIGS = 64  # whose ring sizes are remembered
 
 Ask = Callable[[Callable[[Any], None], Callable[[ChipbusError], None]], None]
 
@@ -105,7 +107,7 @@ class L3Core:
         self._open: dict[object, Callable[[ChipbusError], None]] = {}  # questions under way
         self._closing: Latch | None = None
         self._close_error: BaseException | None = None
-        self._configs: dict[RunConfig, tuple[RingSizes, LaunchConfig | None]] = {}
+        self._resolve = lru_cache(_MAX_CONFIGS)(self._resolved)
         self._default = self._resolve(RunConfig())
         self.dispatcher = make_dispatcher(self)
 
@@ -404,7 +406,7 @@ class L3Core:
         pending = [
             self._begin(
                 "alloc_stacked_tensor",
-                self._allocation(shard, TensorSpec(shard.address, dtype, shard.shape), as_value(host[i], dtype)),
+                self._allocation(shard, TensorSpec(shard.address, dtype, shard.shape), Arg.of(host[i], dtype)),
             )
             for i, shard in enumerate(shards)
         ]
@@ -514,9 +516,15 @@ class L3Core:
             mine.set()
 
     def _drain(self) -> None:
-        """Let accepted runs end, within the budget, then give back what chips hold."""
+        """Let accepted runs end, then give back what chips hold, all under one deadline."""
+        clock = self.dispatcher.ctx.clock
+        deadline_ns = clock.now_ns() + int(1e9 * self.settings.close_timeout_s)
+
+        def left_s() -> float:
+            return max(0.0, (deadline_ns - clock.now_ns()) / 1e9)
+
         for run in self.dispatcher.runs:
-            if not self.wait(run.done, self.settings.close_timeout_s):
+            if not self.wait(run.done, left_s()):
                 self._post(
                     lambda: self.dispatcher.fail_all(EngineClosed("the worker was closed while the run went on"))
                 )
@@ -527,7 +535,7 @@ class L3Core:
             free = partial(self.dispatcher.free_quietly, tensor)
             pending.append(self._begin("close", lambda ok, _, free=free: free(ok)))  # type: ignore[misc]
         for question in pending:  # a chip that does not answer is stopped all the same
-            self.wait(question.ended, self.settings.close_timeout_s)
+            self.wait(question.ended, left_s())
 
     # Questions to the bus thread.
 
@@ -628,22 +636,16 @@ class L3Core:
     def _value(self, array: object, dtype: str, shape: tuple[int, ...], where: str) -> Arg:
         checked = check_array(array, dtype, shape, where)
         self._check_size(checked.nbytes, where)
-        return as_value(checked, dtype)
+        return Arg.of(checked, dtype)
 
-    def _resolve(self, config: RunConfig) -> tuple[RingSizes, LaunchConfig | None]:
+    def _resolved(self, config: RunConfig) -> tuple[RingSizes, LaunchConfig | None]:
         """Sizes for the run's own graph, and what its chips are told: nothing where nothing was asked for."""
-        found = self._configs.get(config)
-        if found is None:
-            sizes = resolve_rings(config.rings, self.settings.rings)
-            launch = None
-            if sizes != RingSizes():
-                launch = LaunchConfig(
-                    task_window=sizes.task_window, heap=sizes.heap, dep_pool=sizes.dep_pool, timeline=config.timeline
-                )
-            elif config.timeline:
-                launch = LaunchConfig(timeline=True)
-            found = self._configs[config] = (sizes, launch)
-        return found
+        sizes = resolve_rings(config.rings, self.settings.rings)
+        if sizes != RingSizes():
+            return sizes, LaunchConfig(
+                task_window=sizes.task_window, heap=sizes.heap, dep_pool=sizes.dep_pool, timeline=config.timeline
+            )
+        return sizes, LaunchConfig(timeline=True) if config.timeline else None
 
 
 def _either(

@@ -31,7 +31,7 @@ from .gate import OPEN, Gate
 from .outcomes import fill, placed, store
 from .runs import SUB, BoundArgs, Member, Run, Task, TaskKind
 from .subs import SubPool
-from .tensors import DeviceTensor, TensorBook, as_value
+from .tensors import DeviceTensor, TensorBook
 
 __all__ = ["Dispatcher", "DispatcherSettings"]
 
@@ -54,14 +54,6 @@ class DispatcherSettings:
     depth: int  # launch messages under way per chip
     run_timeout_s: float  # for one launch, or one host callable
     command_timeout_s: float  # for a chip to be back, or to carry out a command
-
-
-@attrs.define(eq=False)
-class _Group:
-    """The group at the head of its queue: its chips take nothing else until it has started."""
-
-    task: Task
-    since_ns: int
 
 
 class Dispatcher(TreeActor):
@@ -88,7 +80,7 @@ class Dispatcher(TreeActor):
         self._when_ready: dict[int, list[Callable[[ChipbusError | None], None]]] = {}
         self._free_ns: dict[int, int] = {}  # since when a chip has run nothing, as far as was heard
         self._dispatches = 0
-        self._group: _Group | None = None
+        self._group: Task | None = None  # at the head of its queue: its chips take nothing else before it
         self._failed: ChipbusError | None = None
 
     # The chips.
@@ -469,12 +461,12 @@ class Dispatcher(TreeActor):
         return frozenset()
 
     def _watch_group(self, task: Task) -> None:
-        if self._group is not None and self._group.task is task:
+        if self._group is task:
             return
-        self._group = group = _Group(task, self.ctx.clock.now_ns())
+        self._group = task
 
         def warn() -> None:
-            if self._group is group:
+            if self._group is task:
                 workers = [member.worker for member in task.members]
                 busy = [self.where(worker) for worker in workers if not self.lanes[worker].has_credit]
                 self.ctx.log.warning("group.stalled", group=task.label, waits_for=busy, seconds=STALL_S)
@@ -524,7 +516,7 @@ class Dispatcher(TreeActor):
         for task, index in batch:
             bound = _bound(task.members[index])
             for tensor, array in bound.uploads:
-                self._copy(run, worker, CopyTo(tensor.address, as_value(array, tensor.dtype)), _ignore)
+                self._copy(run, worker, CopyTo(tensor.address, Arg.of(array, tensor.dtype)), _ignore)
             for tensor, array in bound.downloads:
                 downloads.setdefault(tensor.address, (tensor, array, []))[2].append(task)
             self._sent(run, task)
@@ -532,7 +524,7 @@ class Dispatcher(TreeActor):
             assert task.program is not None
             args = tuple(
                 [
-                    arg if isinstance(arg, Arg) else as_value(arg, param.dtype)
+                    arg if isinstance(arg, Arg) else Arg.of(arg, param.dtype)
                     for arg, param in zip(bound.args, task.program.params, strict=True)
                 ]
             )

@@ -25,7 +25,6 @@ __all__ = [
     "Entry",
     "StackedTensor",
     "TensorBook",
-    "as_value",
     "check_array",
     "check_dtype",
     "check_shape",
@@ -197,15 +196,6 @@ def check_shape(shape: Sequence[int], where: str) -> tuple[int, ...]:
 def host_dtype(dtype: str) -> np.dtype[Any]:
     """What a tensor of ``dtype`` is in numpy: the same, but bfloat16, which numpy lacks, is float32 there."""
     return np.dtype("float32" if dtype == "bfloat16" else dtype)
-
-
-def as_value(array: NDArray[Any], dtype: str) -> Arg:
-    """A host array as an argument of ``dtype``; float32 is rounded to the nearest bfloat16, ties to even."""
-    if dtype != "bfloat16":
-        return Arg(dtype=dtype, shape=array.shape, data=array.tobytes())
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.uint64)
-    rounded = np.where(np.isnan(array), 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return Arg(dtype=dtype, shape=array.shape, data=rounded.tobytes())
 
 
 def check_array(value: object, dtype: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:

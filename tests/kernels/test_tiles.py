@@ -28,7 +28,7 @@ from chipbus.errors import (
 from chipbus.kernels.cpu import CpuChip
 from chipbus.kernels.diagnosis import find_races, run_graph_from_json, run_of_capture
 from chipbus.kernels.dispatch import Arg, Completion, Dispatch, LaunchConfig
-from chipbus.kernels.golden import array_of, golden, value_of
+from chipbus.kernels.golden import golden
 from chipbus.kernels.graph import Tag, TaskGraph
 from chipbus.kernels.program import TensorSpec
 from chipbus.kernels.tiles import IN, INOUT, OUT, InCore, Tile, TileProgram, Trace, incore, program, tensor
@@ -274,7 +274,7 @@ def test_golden_checks_name_the_worst_element_and_can_be_frozen(tmp_path: Any) -
 
 def test_bfloat16_values_are_rounded_to_the_nearest() -> None:
     array = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
-    ours = array_of(value_of(array, "bfloat16"))
+    ours = Arg.of(array, "bfloat16").numpy()
     assert np.array_equal(ours, torch.from_numpy(array).bfloat16().float().numpy())
 
 

@@ -415,6 +415,18 @@ def test_a_run_that_does_not_end_is_cut_off_by_close() -> None:
     worker.check_nothing_leaks()
 
 
+def test_a_chip_that_does_not_answer_costs_a_close_one_deadline_however_many_tensors_it_holds() -> None:
+    worker = LocalWorker(plans={"chip.0": Plan("hang", "free")}, command_timeout_s=300.0)
+    for _ in range(5):
+        worker.alloc_tensor((1,), "float32")
+    began_ns = worker.system.clock.now_ns()
+
+    worker.close()
+
+    assert (worker.system.clock.now_ns() - began_ns) / 1e9 <= worker.core.settings.close_timeout_s + 0.1
+    assert worker.state.value == "closed"
+
+
 @pytest.mark.guarantee("W18")
 def test_when_the_processes_are_gone_everything_that_waits_hears_of_it() -> None:
     worker = LocalWorker(plans={"chip.0": Plan("hang", "launch")})

@@ -226,6 +226,16 @@ def test_a_submitter_that_waits_for_its_turn_is_refused_when_the_worker_closes()
     assert all(isinstance(handle.error, EngineClosed) for handle in handles)
 
 
+def test_a_host_tensor_is_an_array_of_zeros_and_its_shape_and_dtype_are_checked() -> None:
+    with L3Worker(bump, devices=["null:0"]) as worker:
+        for dtype, kind in (("int32", np.int32), ("bfloat16", np.float32)):
+            array = worker.host_tensor((2, 3), dtype)
+            assert (array.shape, array.dtype, array.any()) == ((2, 3), kind, False)
+        for shape, dtype in (((2, -1), "int32"), ((2,), "int33")):
+            with pytest.raises(InvalidArgs, match="host_tensor"):
+                worker.host_tensor(shape, dtype)
+
+
 def test_a_worker_that_is_forgotten_is_closed() -> None:
     worker = L3Worker(bump, devices=["null:0"])
     worker.run(bump, np.zeros(2, np.float32))
