@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .chips import Report
 from .graph import TaskGraph
 from .memory import available_bytes
+from .native import open_cores, why_not
+from .native.model import NativeModel, refused
+from .program import TensorSpec
 from .qwen3 import graphs
+from .qwen3.model import ModelSpec
 from .qwen3.rows import check_rows, plan_rows, split_ragged
 from .qwen3.step import SAMPLE_COLUMNS
 from .sampling import Choice, choose
-from .torch_chip import Launch, Runner, TorchChip
-from .torch_kernels import Window
+from .torch_chip import Executor, Launch, Runner, TorchChip
 
 __all__ = ["CpuChip"]
 
@@ -32,12 +37,25 @@ _Trace = Callable[[Mapping[str, Any], int], TaskGraph]
 
 
 class CpuChip(TorchChip):
-    """A ``Chip`` of ``threads`` cores. Equal dispatches on equal residents give equal bits, for the same threads."""
+    """A ``Chip`` of ``threads`` cores. Equal dispatches on equal residents give equal bits, for the same threads.
 
-    def __init__(self, threads: int, max_graphs: int | None = None) -> None:
+    A model's programs run on the native engine where it can be had and takes the model's shapes, else with torch; tile
+    programs are Python functions and always run with torch. ``isa``: see ``native.open_cores``; "none": torch alone.
+    """
+
+    def __init__(
+        self, threads: int, max_graphs: int | None = None, *, isa: str = "", check_numerics: bool = False
+    ) -> None:
         torch.set_num_threads(threads)
         limit = {} if max_graphs is None else {"max_graphs": max_graphs}
-        super().__init__(torch.device("cpu"), _RUNNERS, **limit)
+        super().__init__(torch.device("cpu"), _RUNNERS, **limit, check_numerics=check_numerics)
+        self.engine = f"torch: {why_not(isa)}"
+        self.native: NativeModel | None = None
+        if isa == "none":
+            self.engine = "torch, as asked"
+        elif not why_not(isa):
+            self.native = NativeModel(open_cores(threads, isa))
+            self.engine = f"native, {self.native.cores.isa}"
 
     def free_bytes(self) -> int:
         """Memory of the machine, or of the cgroup this process is in."""
@@ -52,11 +70,40 @@ class CpuChip(TorchChip):
         begin = -memory.ctypes.data % _CACHE_LINE
         return torch.from_numpy(memory[begin : begin + count])
 
+    def load(self, tensor: TensorSpec, report: Report | None) -> tuple[Mapping[str, Any], int]:
+        """Weights packed for the engine that will run the model's programs."""
+        if self.native is not None:
+            reason = refused(ModelSpec.from_directory(tensor.source, tensor.dtype), tensor.weights)
+            if not reason:
+                return self.native.load(tensor, report)
+            self.engine = f"torch: {reason}"
+        return super().load(tensor, report)
 
-def _replay(launch: Launch, trace: _Trace, size: int, fill: Callable[[Window], None]) -> None:
+    def free(self, resident: int) -> None:
+        """See ``Chip.free``."""
+        super().free(resident)
+        if self.native is not None:
+            self.native.free(resident)
+
+    def close(self) -> None:
+        """See ``Chip.close``."""
+        super().close()
+        if self.native is not None:
+            self.native.close()
+
+
+def _replay(launch: Launch, trace: _Trace, size: int, fill: Callable[[Any], None]) -> None:
     """One window through the program's graph for a bucket."""
-    capture = launch.chip.capture_builtin(launch, str(size), lambda: trace(launch.static, size))
-    graph = launch.chip.bind(launch, capture, size, getattr(torch, launch.static["dtype"]))
+    chip = launch.chip
+    assert isinstance(chip, CpuChip)
+    graph: Executor
+    if chip.native is not None and chip.native.has(launch.args["weights"].resident):
+        static = chip.native.tiled(launch.static, size)
+        capture = chip.capture_builtin(launch, f"{size}.native", lambda: trace(static, size))
+        graph = chip.bind(launch, capture, partial(chip.native.bind, chip, capture))
+    else:
+        capture = chip.capture_builtin(launch, str(size), lambda: trace(launch.static, size))
+        graph = chip.bind_torch(launch, capture, size, getattr(torch, launch.static["dtype"]))
     fill(graph.window)
     launch.run(capture, graph)
 
@@ -86,7 +133,7 @@ def _forward(launch: Launch, trace: _Trace, lengths: NDArray[Any], starts: str, 
     total = len(plan.tokens)
     for begin in range(0, total, buckets[-1]):
         end = min(begin + buckets[-1], total)
-        fill = partial(Window.fill_tokens, plan=plan, page_size=launch.static["page_size"], begin=begin, end=end)
+        fill = methodcaller("fill_tokens", plan=plan, page_size=launch.static["page_size"], begin=begin, end=end)
         _replay(launch, trace, graphs.bucket_of(end - begin, buckets), fill)
     _wrote_slots(launch, "k_cache", plan.slots)
     _wrote_slots(launch, "v_cache", plan.slots)
@@ -107,7 +154,7 @@ def _by_rows(launch: Launch, trace: _Trace, target: str) -> None:
     buckets = graphs.ROW_BUCKETS
     for begin in range(0, len(rows), buckets[-1]):
         part = rows[begin : begin + buckets[-1]]
-        _replay(launch, trace, graphs.bucket_of(len(part), buckets), partial(Window.fill_rows, rows=part))
+        _replay(launch, trace, graphs.bucket_of(len(part), buckets), methodcaller("fill_rows", part))
     _wrote_rows(launch, target, rows)
 
 

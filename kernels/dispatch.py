@@ -88,5 +88,6 @@ class Completion:
     device_ns: int = 0
     digests: tuple[bytes, ...] = ()  # with recording on: one 16-byte digest per OUT or INOUT parameter
     task_times: bytes = b""  # with ``timeline``: int64 pairs (begin, end) in ns since the launch began, one per task
+    task_cores: bytes = b""  # with ``timeline``: int16, the core each task ran on
     graph: str = ""  # with ``timeline``: names of the captured graphs the times belong to, joined by spaces
     fault: str = ""  # what a null chip did wrong on purpose without ending the launch

@@ -43,6 +43,9 @@ class Buffer:
     place: tuple[int, int] | None = None
     """(ring, byte offset) in the executor's arenas, for memory of a scope; others may have the same bytes before and
     after, and the graph's edges keep them apart."""
+    row_unit: int = 1
+    """Every tile takes the rows, those of axis 0, in whole units of so many, counted from row 0; the last may be
+    smaller. Edges are then found per unit: a tile of columns is one byte range for each unit, not for each row."""
 
     @property
     def whole(self) -> Tile:
@@ -68,20 +71,20 @@ class Tile:
         if len(parts) > len(self.shape):
             raise IndexError(f"{len(parts)} indices into a tile of shape {self.shape}")
         offset, shape, strides = self.offset, [], []
-        for axis, extent in enumerate(self.shape):
-            part = parts[axis] if axis < len(parts) else slice(None)
+        for part, extent, stride in zip(parts, self.shape, self.strides, strict=False):
             if isinstance(part, int):
                 if not 0 <= part < extent:
                     raise IndexError(f"index {part} on an axis of {extent}")
-                offset += part * self.strides[axis]
+                offset += part * stride
                 continue
             begin, end, step = part.indices(extent)
             if step != 1 or end < begin:
                 raise IndexError(f"{part} on an axis of {extent}; a tile is cut in steps of 1, forwards")
-            offset += begin * self.strides[axis]
+            offset += begin * stride
             shape.append(end - begin)
-            strides.append(self.strides[axis])
-        return Tile(self.buffer, offset, tuple(shape), tuple(strides))
+            strides.append(stride)
+        uncut = len(parts)
+        return Tile(self.buffer, offset, (*shape, *self.shape[uncut:]), (*strides, *self.strides[uncut:]))
 
     @property
     def is_whole(self) -> bool:
@@ -90,17 +93,21 @@ class Tile:
 
     def byte_ranges(self) -> list[tuple[int, int]]:
         """The bytes of the buffer this tile covers: exact, disjoint, ascending ``[begin, end)`` pairs."""
-        if math.prod(self.shape) == 0:
-            return []
-        axes = sorted((stride, extent) for stride, extent in zip(self.strides, self.shape, strict=True) if extent > 1)
-        run = 1  # elements in one contiguous piece
-        while axes and axes[0][0] == run:
-            run *= axes.pop(0)[1]
-        item = DTYPE_BYTES[self.buffer.dtype]
-        starts = [self.offset]
-        for stride, extent in reversed(axes):
-            starts = [start + stride * step for start in starts for step in range(extent)]
-        return [(start * item, (start + run) * item) for start in starts]
+        return _byte_ranges(self.offset, self.shape, self.strides, DTYPE_BYTES[self.buffer.dtype])
+
+
+def _byte_ranges(offset: int, shape: Sequence[int], strides: Sequence[int], item: int) -> list[ByteRange]:
+    """The bytes of a strided piece of an array of elements of ``item`` bytes, as in ``Tile.byte_ranges``."""
+    if 0 in shape:
+        return []
+    axes = sorted([(stride, extent) for stride, extent in zip(strides, shape, strict=True) if extent > 1])
+    run = 1  # elements in one contiguous piece
+    while axes and axes[0][0] == run:
+        run *= axes.pop(0)[1]
+    starts = [offset]
+    for stride, extent in reversed(axes):
+        starts = [start + stride * step for start in starts for step in range(extent)]
+    return [(start * item, (start + run) * item) for start in starts]
 
 
 @attrs.frozen
@@ -142,6 +149,10 @@ class GraphBuilder:
 
     Nothing runs while a graph is captured. So where a ring is full, the oldest tasks count as done; what does not fit
     then never would, and is the error (codes 1 to 4) that a run of it would end with.
+
+    Memory may be declared in row units, see ``Buffer.row_unit``; 0 makes all rows one unit. A task with a tile that
+    takes part of a unit is refused. Edges are the same with units and without, except that users of memory that is
+    given out again wait for all earlier users of the units they touch.
     """
 
     def __init__(self, name: str, sizes: RingSizes | None = None, *, track_war: bool = False) -> None:
@@ -155,20 +166,22 @@ class GraphBuilder:
         self._indices: dict[int, int] = {}
         self._done = 0
         self._arenas = [_Arena() for _ in range(RINGS)]
+        self._past = _Past()
 
-    def bound(self, name: str, dtype: str, *shape: int) -> Tile:
+    def bound(self, name: str, dtype: str, *shape: int, row_unit: int = 1) -> Tile:
         """Memory given by name when the graph is bound: arguments, residents, weights. Again: the same memory."""
-        return self._declare(name, dtype, shape, is_bound=True)
+        return self._declare(name, dtype, shape, row_unit, is_bound=True)
 
-    def intermediate(self, name: str, dtype: str, *shape: int) -> Tile:
+    def intermediate(self, name: str, dtype: str, *shape: int, row_unit: int = 1) -> Tile:
         """Memory of the graph itself, undefined until written, outliving every scope. Again: the same memory."""
-        return self._declare(name, dtype, shape, is_bound=False)
+        return self._declare(name, dtype, shape, row_unit, is_bound=False)
 
-    def tensor(self, dtype: str, *shape: int) -> Tile:
+    def tensor(self, dtype: str, *shape: int, row_unit: int = 1) -> Tile:
         """New memory of the innermost scope, undefined until written. No task may name it once the scope has ended."""
+        unit = _row_unit(shape, row_unit)
         block = self._patiently(lambda: self._engine.alloc(math.prod(shape) * DTYPE_BYTES[dtype]))
         index = len(self._buffers)
-        buffer = Buffer(index, f"tensor.{index}", dtype, shape, False, (block.ring, block.offset))
+        buffer = Buffer(index, f"tensor.{index}", dtype, shape, False, (block.ring, block.offset), unit)
         self._buffers.append(buffer)
         self._blocks[index] = block
         self._arenas[block.ring].give(block)
@@ -184,12 +197,24 @@ class GraphBuilder:
             self._engine.close_scope()
 
     def submit(self, kernel: str, *args: tuple[Tag, Tile], after: Sequence[int] = (), **settings: Setting) -> int:
-        """Append a task; its edges follow from the tags of its tiles and from ``after``. Returns its index."""
-        pieces = [(tile.buffer.index, tuple(tile.byte_ranges())) for _, tile in args]
-        accesses = [
-            Access(tag, self._blocks.get(buffer, buffer), ranges)
-            for (tag, _), (buffer, ranges) in zip(args, pieces, strict=True)
-        ]
+        """Append a task; its edges follow from the tags of its tiles and from ``after``. Returns its index.
+
+        Raises ``InvalidArgs`` for a tile that takes part of a row unit, for memory of a scope that has ended and for an
+        ``after`` that is not there, and what ``TaskEngine.submit`` raises when waiting would not help.
+        """
+        accesses: list[Access] = []
+        used: list[tuple[HeapBlock, tuple[ByteRange, ...], Tag]] = []
+        for tag, tile in args:
+            if tile.buffer.row_unit == 1:
+                tracked = taken = tuple(tile.byte_ranges())
+            else:
+                tracked, taken = _in_units(tile)
+            block = self._blocks.get(tile.buffer.index)
+            if block is None:
+                accesses.append(Access(tag, tile.buffer.index, tracked))
+            else:
+                accesses.append(Access(tag, block, tracked))
+                used.append((block, taken, tag))
         for earlier in after:
             if not 0 <= earlier < len(self._tasks):
                 raise InvalidArgs(f"task {kernel!r} comes after task {earlier}, which this graph does not have")
@@ -197,10 +222,9 @@ class GraphBuilder:
         task = self._patiently(lambda: self._engine.submit(accesses, after=ids, label=kernel))
         before = {self._indices[producer] for producer in self._engine.predecessors(task)}
         index = len(self._tasks)
-        for (tag, _), (buffer, ranges) in zip(args, pieces, strict=True):
-            if buffer in self._blocks:
-                block = self._blocks[buffer]
-                before |= self._arenas[block.ring].use(block, ranges, tag, index, before)
+        ended = self._past.add(before)
+        for block, taken, tag in used:
+            before |= self._arenas[block.ring].use(block, taken, tag, index, before, ended)
         self._ids.append(task)
         self._indices[task] = index
         self._tasks.append(Task(kernel, args, tuple(settings.items()), tuple(sorted(before))))
@@ -218,13 +242,17 @@ class GraphBuilder:
             self._engine.scopes,
         )
 
-    def _declare(self, name: str, dtype: str, shape: tuple[int, ...], *, is_bound: bool) -> Tile:
+    def _declare(self, name: str, dtype: str, shape: tuple[int, ...], row_unit: int, *, is_bound: bool) -> Tile:
+        unit = _row_unit(shape, row_unit)
         buffer = self._named.get(name)
         if buffer is None:
-            buffer = self._named[name] = Buffer(len(self._buffers), name, dtype, shape, is_bound)
+            buffer = self._named[name] = Buffer(len(self._buffers), name, dtype, shape, is_bound, row_unit=unit)
             self._buffers.append(buffer)
-        if (buffer.dtype, buffer.shape, buffer.is_bound) != (dtype, shape, is_bound):
-            raise ValueError(f"buffer {name} is declared twice, as {buffer.dtype} {buffer.shape} and {dtype} {shape}")
+        if (buffer.dtype, buffer.shape, buffer.is_bound, buffer.row_unit) != (dtype, shape, is_bound, unit):
+            raise ValueError(
+                f"buffer {name} is declared twice, as {buffer.dtype} {buffer.shape} and {dtype} {shape},"
+                f" in units of {buffer.row_unit} and {unit} rows"
+            )
         return buffer.whole
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
@@ -237,6 +265,63 @@ class GraphBuilder:
                 self._engine.start(oldest)
                 self._engine.complete(oldest)
                 self._engine.take_ready()
+
+
+def _row_unit(shape: tuple[int, ...], row_unit: int) -> int:
+    """The unit in rows, at least 1; 0 stands for all. ``InvalidArgs`` if there can be none."""
+    if row_unit < 0 or (row_unit != 1 and not shape):
+        raise InvalidArgs(f"memory of shape {shape} is declared in units of {row_unit} rows")
+    return row_unit or max(1, shape[0])
+
+
+def _in_units(tile: Tile) -> tuple[tuple[ByteRange, ...], tuple[ByteRange, ...]]:
+    """Two lists of byte ranges: what stands for the tile in the tensor map, and the bytes of its units as wholes.
+
+    Tiles that share a byte share its column in all rows of the unit. So among tiles of one buffer one row can stand for
+    a unit: unit 3 is tracked as row 3. Against buffers of other shapes in the same memory only the bytes themselves
+    count; whole units are more of those than the tile has, but one range.
+    """
+    if 0 in tile.shape:
+        return (), ()
+    buffer = tile.buffer
+    rows, unit, width, item = buffer.shape[0], buffer.row_unit, math.prod(buffer.shape[1:]), DTYPE_BYTES[buffer.dtype]
+    first, column = divmod(tile.offset, width)
+    axis = 1 if tile.strides[:1] == (width,) else 0  # the first within a row: an index drops the axis of rows
+    last = first + (tile.shape[0] if axis else 1)
+    if first % unit or (last % unit and last != rows):
+        raise InvalidArgs(
+            f"a tile takes rows {first} to {last} of {buffer.name}, which has {rows} in units of {unit}; tiles begin"
+            " and end where units do"
+        )
+    begin, end = first // unit, -(-last // unit)
+    shape, strides = (end - begin, *tile.shape[axis:]), (width, *tile.strides[axis:])
+    tracked = _byte_ranges(begin * width + column, shape, strides, item)
+    return tuple(tracked), ((first * width * item, last * width * item),)
+
+
+class _Past:
+    """How far back all tasks have ended when one starts: memory they used is given out again without an edge to them.
+
+    Known for a task that waits for every task nobody had waited for until then, for later ones that wait for all of the
+    same (the other tiles of an attention, say), and for those that wait for one it is known of.
+    """
+
+    def __init__(self) -> None:
+        self._ended: list[int] = []  # by task
+        self._loose: set[int] = set()  # nobody waits for them yet
+        self._cut: set[int] = set()  # those of the last task that waited for all of them:
+        self._cut_at = 0  # all tasks below this one have ended when these have
+
+    def add(self, before: set[int]) -> int:
+        """One more task, which waits for ``before``. All tasks below the index returned have ended when it starts."""
+        task = len(self._ended)
+        if self._loose <= before:
+            self._cut, self._cut_at, self._loose = self._loose, task, set()
+        self._loose -= before
+        self._loose.add(task)
+        waits_for_cut = self._cut <= before
+        self._ended.append(self._cut_at if waits_for_cut else max((self._ended[other] for other in before), default=0))
+        return self._ended[-1]
 
 
 _MAX_EACH = 8  # so many tasks every user of reused memory waits for itself; for more, the first user does
@@ -285,15 +370,21 @@ class _Arena:
                 self._earlier.put(left, right, found.users)
         self._users.drop(block.offset, end)
 
-    def use(self, block: HeapBlock, ranges: Sequence[ByteRange], tag: Tag, task: int, before: set[int]) -> set[int]:
-        """``task``, which waits for ``before``, uses bytes of a block. Returns whom it must wait for besides."""
+    def use(
+        self, block: HeapBlock, ranges: Sequence[ByteRange], tag: Tag, task: int, before: set[int], ended: int
+    ) -> set[int]:
+        """``task``, which waits for ``before`` and so for all below ``ended``, uses bytes of a block.
+
+        Returns whom it must wait for besides.
+        """
         besides: set[int] = set()
         writes = tag.writes
 
         def join(left: int, right: int, found: _Users | None) -> _Users:
             if found is None or found.writer not in before:
                 for earlier in self._earlier.over(left, right):
-                    besides.update(self._ends_of(earlier, task))
+                    if earlier.task >= ended:  # the youngest of them
+                        besides.update(self._ends_of(earlier, task))
             users = found.users if found else None
             while users is not None and (users.task in before or users.task == task):
                 users = users.older

@@ -84,3 +84,4 @@ class TensorSpec:
     shape: tuple[int, ...] = ()
     source: str = ""
     fingerprint: str = ""
+    weights: str = ""  # what matrices are kept in: "int8", or "" for ``dtype``

@@ -76,9 +76,11 @@ class RangeMap(Generic[V]):
 
     def update(self, begin: int, end: int, change: Callable[[int, int, V | None], V]) -> None:
         """Give every piece of ``[begin, end)`` the ``change`` of its begin, end and value, None where it has none."""
-        if begin < end:
+        first = bisect.bisect_right(self._ends, begin)
+        if first < len(self._begins) and self._begins[first] == begin and self._ends[first] == end:
+            self._values[first] = change(begin, end, self._values[first])
+        elif begin < end:
             changed = [(left, right, change(left, right, value)) for left, right, value in self.pieces(begin, end)]
-            first = bisect.bisect_right(self._ends, begin)
             self._splice(first, bisect.bisect_left(self._begins, end, first), begin, end, changed)
 
     def copy(self) -> RangeMap[V]:

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,34 +28,58 @@ from .torch_executor import BoundGraph, HeapArenas
 from .torch_kernels import Window, Workspace
 from .weights import load_weights
 
-__all__ = ["Launch", "Runner", "TorchChip"]
+__all__ = ["Executor", "Launch", "Runner", "TorchChip"]
+
+E = TypeVar("E", bound="Executor")
 
 _MAX_GRAPHS = 64  # all buckets of the Qwen3 programs are 36
+
+
+class Executor(Protocol):
+    """A graph bound to memory: ``BoundGraph``, or another that runs the same graphs."""
+
+    uses_heap: bool
+
+    def run(self, where: str) -> None:
+        """Every task once. One that fails is a ``CoreException`` naming it, after ``where``."""
+        ...
+
+    def run_timed(self, where: str, began: int, synchronize: Callable[[], None]) -> tuple[list[int], list[int]]:
+        """Likewise; (begin, end) of each task in ns after ``began``, in one list, and the core of each."""
+        ...
 
 
 class TorchChip(ABC):
     """A ``Chip`` on ``device``. ``runners``: how each kind of program is run, beside tile programs.
 
+    ``check_numerics``: look at what every task wrote; a NaN is a ``CoreException`` naming task and tile.
+
     Equal dispatches on equal residents give equal bits, for the same threads.
     """
 
     def __init__(
-        self, device: torch.device, runners: Mapping[str, Runner] | None = None, max_graphs: int = _MAX_GRAPHS
+        self,
+        device: torch.device,
+        runners: Mapping[str, Runner] | None = None,
+        max_graphs: int = _MAX_GRAPHS,
+        *,
+        check_numerics: bool = False,
     ) -> None:
         self.device = device
+        self.check_numerics = check_numerics
         self._runners = {"tile": _run_tiles, **(runners or {})}
         self._max_graphs = max_graphs
         self._programs: dict[bytes, Program] = {}
         self._statics: dict[bytes, Mapping[str, Any]] = {}
         self._residents: dict[int, TensorSpec] = {}
         self._tensors: dict[int, Tensor] = {}
-        self._weights: dict[int, dict[str, Tensor]] = {}
+        self._weights: dict[int, Mapping[str, Any]] = {}
         self._weight_bytes: dict[int, int] = {}
         self._captures = Captures(max_graphs)
-        self._graphs: OrderedDict[tuple[str, tuple[int, ...]], BoundGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[str, tuple[int, ...]], Executor] = OrderedDict()
         # Dispatches that were found right once, and hold nothing by value: run again, they need no further look.
-        self._settled: dict[tuple[bytes, tuple[Arg, ...], LaunchConfig | None], BoundGraph] = {}
-        self._arenas = HeapArenas(self._new_memory)
+        self._settled: dict[tuple[bytes, tuple[Arg, ...], LaunchConfig | None], Executor] = {}
+        self.arenas = HeapArenas(self._new_memory)
         self._workspaces: dict[torch.dtype, Workspace] = {}
         self._is_open = True
 
@@ -63,7 +87,7 @@ class TorchChip(ABC):
     def resident_bytes(self) -> int:
         """See ``Chip.resident_bytes``; untouched pages of a tensor count too, although they take no memory yet."""
         kept = sum(tensor.nbytes for tensor in self._tensors.values()) + sum(self._weight_bytes.values())
-        return kept + self._arenas.nbytes
+        return kept + self.arenas.nbytes
 
     @property
     def num_graphs(self) -> int:
@@ -92,8 +116,7 @@ class TorchChip(ABC):
         check_tensor(tensor, self._residents)
         if tensor.source:
             with torch.inference_mode():
-                spec, self._weights[tensor.resident] = load_weights(tensor, report)
-            self._weight_bytes[tensor.resident] = spec.weights_bytes
+                self._weights[tensor.resident], self._weight_bytes[tensor.resident] = self.load(tensor, report)
         else:
             what = f"resident {tensor.resident} of {tensor.dtype} {list(tensor.shape)}"
             self._tensors[tensor.resident] = self._new_tensor(tensor.dtype, tensor.shape, what)
@@ -144,6 +167,7 @@ class TorchChip(ABC):
             device_ns=device_ns,
             digests=digests,
             task_times=np.array(launch.task_times, "<i8").tobytes(),
+            task_cores=np.array(launch.task_cores, "<i2").tobytes(),
             graph=" ".join(launch.graphs),
         )
 
@@ -156,7 +180,7 @@ class TorchChip(ABC):
         """See ``Chip.close``."""
         self._is_open = False
         self._captures.clear()
-        self._arenas.clear()
+        self.arenas.clear()
         for memory in (
             self._programs, self._statics, self._residents, self._tensors, self._weights, self._weight_bytes,
             self._graphs, self._settled, self._workspaces,
@@ -179,15 +203,20 @@ class TorchChip(ABC):
     def synchronize(self) -> None:
         """Return when everything queued on the device has ended."""
 
-    def bind(self, launch: Launch, capture: Capture, tokens: int, dtype: torch.dtype) -> BoundGraph:
-        """A captured graph on the dispatch's residents, with a window of ``tokens``.
+    def load(self, tensor: TensorSpec, report: Report | None) -> tuple[Mapping[str, Any], int]:
+        """A checkpoint's weights by the names graphs bind them by, and the bytes they take."""
+        spec, weights = load_weights(tensor, report)
+        return weights, spec.weights_bytes
+
+    def bind(self, launch: Launch, capture: Capture, make: Callable[[Mapping[str, Any]], E]) -> E:
+        """A captured graph on the dispatch's residents: the one bound before, or what ``make`` makes of their memory.
 
         Arguments of a tile program by value get memory of their own.
         """
         key = (capture.name, tuple(arg.resident for arg in launch.args.values()))
         graph = self._graphs.get(key)
         if graph is None:
-            memory: dict[str, Tensor] = {}
+            memory: dict[str, Any] = {}
             for param in launch.program.params:
                 arg = launch.args[param.name]
                 if arg.resident in self._weights:
@@ -196,22 +225,36 @@ class TorchChip(ABC):
                     memory[param.name] = self._tensors[arg.resident]
                 elif param.resident is None:
                     memory[param.name] = self._new_tensor(arg.dtype, arg.shape, f"{launch.where}: {param.name}")
-            if self._arenas.are_short_of(capture.graph.heap_bytes):
+            if self.arenas.are_short_of(capture.graph.heap_bytes):
                 self._keep_graphs(lambda _, graph: not graph.uses_heap)  # their memory is about to move
-                self._arenas.grow(capture.graph.heap_bytes, launch.where)
+                self.arenas.grow(capture.graph.heap_bytes, launch.where)
             with self.device:  # where kernels make what they keep
-                workspace = self._workspaces.setdefault(dtype, Workspace(dtype))
-                graph = BoundGraph(
-                    capture.graph, memory, Window.of(tokens), workspace, incores=capture.incores, arenas=self._arenas
-                )
+                graph = make(memory)
             self._graphs[key] = graph
             if len(self._graphs) > self._max_graphs:
                 self._graphs.popitem(last=False)
                 self._settled.clear()
         self._graphs.move_to_end(key)
-        return graph
+        return cast("E", graph)
 
-    def settle(self, launch: Launch, graph: BoundGraph) -> None:
+    def bind_torch(self, launch: Launch, capture: Capture, tokens: int, dtype: torch.dtype) -> BoundGraph:
+        """``bind`` for the torch executor, with a window of ``tokens``."""
+
+        def make(memory: Mapping[str, Tensor]) -> BoundGraph:
+            workspace = self._workspaces.setdefault(dtype, Workspace(dtype))
+            return BoundGraph(
+                capture.graph,
+                memory,
+                Window.of(tokens),
+                workspace,
+                incores=capture.incores,
+                arenas=self.arenas,
+                check_numerics=self.check_numerics,
+            )
+
+        return self.bind(launch, capture, make)
+
+    def settle(self, launch: Launch, graph: Executor) -> None:
         """The same dispatch again may run ``graph`` at once, until residents or graphs change."""
         self._settled[launch.dispatch.program, launch.dispatch.args, launch.dispatch.config] = graph
 
@@ -227,12 +270,12 @@ class TorchChip(ABC):
         """A registered program's configuration by name."""
         return self._statics[program.digest]
 
-    def _keep_graphs(self, keeps: Callable[[tuple[str, tuple[int, ...]], BoundGraph], bool]) -> None:
+    def _keep_graphs(self, keeps: Callable[[tuple[str, tuple[int, ...]], Executor], bool]) -> None:
         """Forget the other bound graphs, and the heap with the last that used it."""
         self._settled.clear()
         self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if keeps(key, graph))
         if not any(graph.uses_heap for graph in self._graphs.values()):
-            self._arenas.clear()
+            self.arenas.clear()
 
     def _new_tensor(self, dtype: str, shape: tuple[int, ...], what: str) -> Tensor:
         return self._new_memory(nbytes(dtype, shape), what).view(getattr(torch, dtype)).view(shape)
@@ -262,6 +305,7 @@ class Launch:
         self.args = {param.name: arg for param, arg in zip(program.params, dispatch.args, strict=True)}
         self.outputs: dict[str, Arg] = {}
         self.task_times: list[int] = []
+        self.task_cores: list[int] = []
         self.graphs: list[str] = []
         self.began = time.perf_counter_ns()
         self._written: dict[str, Callable[[], Iterable[Tensor]]] = {}
@@ -274,14 +318,16 @@ class Launch:
         """A resident argument."""
         return self.chip.tensor(self.args[name].resident)
 
-    def run(self, capture: Capture, graph: BoundGraph) -> None:
+    def run(self, capture: Capture, graph: Executor) -> None:
         """Replay a bound graph, with times if the dispatch asks for them."""
         config = self.dispatch.config
         if config is None or not config.timeline:
             graph.run(self.where)
             return
         self.graphs.append(capture.name)
-        self.task_times += graph.run_timed(self.where, self.began, self.chip.synchronize)
+        times, cores = graph.run_timed(self.where, self.began, self.chip.synchronize)
+        self.task_times += times
+        self.task_cores += cores
 
     def give(self, name: str, array: NDArray[Any]) -> None:
         """An OUT parameter by value."""
@@ -313,7 +359,7 @@ Runner = Callable[[Launch], None]
 
 def _run_tiles(launch: Launch) -> None:
     capture = launch.chip.capture_tiles(launch)
-    graph = launch.chip.bind(launch, capture, 0, torch.float32)
+    graph = launch.chip.bind_torch(launch, capture, 0, torch.float32)
     params = launch.program.params
     for param in params:
         if param.direction is not Direction.OUT and not launch.args[param.name].resident:

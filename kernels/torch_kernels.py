@@ -28,7 +28,7 @@ from torch.nn import functional
 from .qwen3.rows import RowPlan
 from .torch_attention import AttentionMemory, PagedRow, attend_blocks, attend_singly
 
-__all__ = ["KERNELS", "BoundTask", "Kernel", "Window", "Workspace"]
+__all__ = ["KERNELS", "BoundTask", "Kernel", "Window", "Workspace", "rotary_frequencies"]
 
 _NORM_ROWS = 128  # keeps the fp32 copy of a block in the L2 cache
 _ROTATE_ROWS = 64  # likewise; 1.3 × faster than all at once
@@ -225,12 +225,15 @@ def _image(x: Tensor) -> Tensor:
     return x.as_strided((1, width, rows, 1), (rows * stride, 1, stride, stride))
 
 
+def rotary_frequencies(theta: float, half: int) -> Tensor:
+    """theta^(−i / half) for i below ``half``, fp32, as transformers computes it: angles agree to the last bit."""
+    exponents = torch.arange(0, 2 * half, 2, dtype=torch.int64).float() / (2 * half)
+    return 1.0 / (theta**exponents)
+
+
 def _rotary_table(task: BoundTask) -> Callable[[], None]:
     positions, rotary = task.tensor(0), task.tensor(1)
-    half = rotary.shape[1]
-    # As transformers computes it, so that fp32 angles agree to the last bit.
-    exponents = torch.arange(0, 2 * half, 2, dtype=torch.int64).float() / (2 * half)
-    frequencies = 1.0 / (task.settings["theta"] ** exponents)
+    frequencies = rotary_frequencies(task.settings["theta"], rotary.shape[1])
     angles = torch.empty(rotary.shape[:2])
     cos, sin = rotary[..., 0], rotary[..., 1]
 

@@ -6,7 +6,7 @@ embedding) is shared with every other process through the page cache; matrices a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,13 @@ def interleave_halves(tensor: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def load_weights(tensor: TensorSpec, report: Report | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """Weights of the checkpoint ``tensor.source`` in ``tensor.dtype`` under the names ``trace_forward`` binds.
+def load_weights(
+    tensor: TensorSpec, report: Report | None = None, pack: Callable[[Tensor], Any] = pack
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """Weights of the checkpoint ``tensor.source`` in ``tensor.dtype`` under the names ``graphs`` binds.
 
-    Raises ``CheckpointError`` if the directory changed since ``tensor.fingerprint`` was taken.
+    ``pack`` makes of an (out, in) matrix what the executor's ``linear`` reads, by default oneDNN's layout; all else are
+    tensors. Raises ``CheckpointError`` if the directory changed since ``tensor.fingerprint`` was taken.
     """
     spec = ModelSpec.from_directory(tensor.source, tensor.dtype)
     if tensor.fingerprint not in ("", spec.fingerprint):
@@ -83,10 +86,10 @@ def load_weights(tensor: TensorSpec, report: Report | None = None) -> tuple[Mode
             " are not those the programs were made for"
         )
     total, done = float(spec.weights_bytes), 0.0
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
     with ExitStack() as opened:
         source = _Source(spec, opened)
-        for name, value in _arranged(spec, source):
+        for name, value in _arranged(spec, source, pack):
             weights[name] = value
             if report is not None and source.bytes_read > done:
                 done = float(source.bytes_read)
@@ -115,7 +118,7 @@ class _Source:
         return value
 
 
-def _arranged(spec: ModelSpec, source: _Source) -> Iterator[tuple[str, Tensor]]:
+def _arranged(spec: ModelSpec, source: _Source, pack: Callable[[Tensor], Any]) -> Iterator[tuple[str, Any]]:
     dim = spec.head_dim
     embed = source("model.embed_tokens.weight")
     yield "embed", embed

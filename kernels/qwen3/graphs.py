@@ -11,6 +11,7 @@ lives in the heap. Tile sizes come from the program's configuration (``tiling.Ti
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ class _Capture:
     def forward(self, block: int, query_tile: int) -> TaskGraph:
         graph, static, tokens = self._graph, self._static, self._tokens
         hidden, dtype = static["hidden_size"], static["dtype"]
-        x = graph.intermediate("x", dtype, tokens, hidden)
+        x = graph.intermediate("x", dtype, tokens, hidden, row_unit=static["tile_tokens"])
         rotary = graph.intermediate("rotary", "float32", tokens, static["head_dim"] // 2, 2)
         embed = graph.bound("embed", dtype, static["vocab_size"], hidden)
         ids, positions = (graph.bound(name, "int32", tokens) for name in ("tokens", "positions"))
@@ -126,15 +127,18 @@ class _Capture:
     def _layer(self, layer: int, x: Tile, rotary: Tile, block: int, query_tile: int) -> None:
         static, tokens, prefix = self._static, self._tokens, f"layers.{layer}."
         heads, kv_heads, head_dim = static["num_heads"], static["num_kv_heads"], static["head_dim"]
+        tile = static["tile_tokens"]
+        both = math.gcd(tile, query_tile)  # what attention shares is cut both ways; 0 is all tokens, gcd(0, n) is n
 
-        def new(*shape: int) -> Tile:
-            return self._graph.tensor(static["dtype"], tokens, *shape)
+        def new(*shape: int, row_unit: int = tile) -> Tile:
+            return self._graph.tensor(static["dtype"], tokens, *shape, row_unit=row_unit)
 
-        h, qkv, q = new(static["hidden_size"]), new((heads + 2 * kv_heads) * head_dim), new(heads, head_dim)
+        h, qkv = new(static["hidden_size"]), new((heads + 2 * kv_heads) * head_dim)
+        q = new(heads, head_dim, row_unit=both)
         self._norm(prefix + "input_norm", x, h)
         self._linear(prefix + "qkv", h, qkv)
         stored = self._rotate_and_store(layer, qkv, rotary, q)
-        attended = new(heads * head_dim)
+        attended = new(heads * head_dim, row_unit=both)
         self._attend(layer, q, attended, stored, block, query_tile)
         y, normed = new(static["hidden_size"]), new(static["hidden_size"])
         self._linear(prefix + "o", attended, y, "add", x)
@@ -164,15 +168,19 @@ class _Capture:
         weight = self._graph.bound(name, static["dtype"], width, source.shape[1])
         has_bias = static["attention_bias"] and name.endswith((".qkv", ".o"))
         bias = self._graph.bound(f"{name}_bias", static["dtype"], width) if has_bias else None
+        sources = [(begin, end, (Tag.INPUT, source[begin:end])) for begin, end in self._token_tiles()]
         for left, right in spans(width, static["tile_columns"] if columns is None else columns):
-            for begin, end in self._token_tiles():
-                args = [(Tag.INPUT, source[begin:end]), (Tag.INPUT, weight[left:right])]
-                if bias is not None:
-                    args.append((Tag.INPUT, bias[left:right]))
+            weights = [(Tag.INPUT, weight[left:right])]
+            if bias is not None:
+                weights.append((Tag.INPUT, bias[left:right]))
+            for begin, end, rows in sources:
+                args = [rows, *weights]
                 if other is not None:
                     args.append((Tag.INPUT, other[begin:end, left:right]))
                 target_tile = (Tag.OUTPUT, target[begin:end, left:right])
-                self._graph.submit("linear", *args, target_tile, epilogue=epilogue, bias=int(has_bias))
+                self._graph.submit(
+                    "linear", *args, target_tile, epilogue=epilogue, bias=int(has_bias), first_token=begin
+                )
 
     def _rotate_and_store(self, layer: int, qkv: Tile, rotary: Tile, q: Tile) -> list[int]:
         """Returns the tasks: attention waits for all, since a token may see keys of any tile."""
@@ -208,12 +216,12 @@ class _Capture:
         width = group * static["head_dim"]
         k_cache, v_cache = self._caches(layer)
         for first, last in spans(static["num_kv_heads"], static["tile_kv_heads"]):
+            cached = (Tag.INPUT, k_cache[first:last]), (Tag.INPUT, v_cache[first:last])
             for begin, end in spans(tokens, query_tile):
                 self._graph.submit(
                     "paged_attention",
                     (Tag.INPUT, q[begin:end, first * group : last * group]),
-                    (Tag.INPUT, k_cache[first:last]),
-                    (Tag.INPUT, v_cache[first:last]),
+                    *cached,
                     *rows,
                     (Tag.OUTPUT, attended[begin:end, first * width : last * width]),
                     after=stored,

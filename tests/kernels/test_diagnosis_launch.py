@@ -13,6 +13,7 @@ import pytest
 
 from chipbus.errors import ConfigError
 from chipbus.kernels import Arg, Dispatch, open_chip
+from chipbus.kernels.cpu import CpuChip
 from chipbus.kernels.diagnosis import Reason, RunGraph, find_races, run_of_capture, run_of_launch
 from chipbus.kernels.dispatch import LaunchConfig
 from chipbus.kernels.graph import TaskGraph
@@ -78,7 +79,7 @@ def test_a_launch_in_several_windows_is_one_run(checkpoint: Callable[[str], Path
         for row in range(2)
     )  # fmt: skip
     [dispatch] = build_step(programs, StepInput(step_id=1, prefills=rows), 1)
-    chip = open_chip("cpu:0", 1)
+    chip = CpuChip(1, isa="none")  # as traced below, in whole operations
     try:
         for program in programs.programs:
             chip.register(program)
