@@ -5,17 +5,21 @@ STAMP   := $(VENV)/.installed
 MODEL   ?= demo
 PROMPT  ?= replica
 ARGS    ?=
+PIP     := $(PYTHON) -m pip --quiet --disable-pip-version-check
+INSTALL := install --no-build-isolation
+SITE    := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: run test test-fast lint types demo-model clean
+.PHONY: run test test-fast test-torch sanitize lint types demo-model clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/native/*.cpp kernels/native/*.h kernels/native/*.inl)
 	test -x $(PYTHON) || python3.11 -m venv $(VENV) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
+	rm -f kernels/_native*.so  # a build that fails leaves none rather than the last one
+	$(PIP) $(INSTALL) -c constraints.txt setuptools pybind11
+	$(PIP) $(INSTALL) -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(STAMP)
-	CHIPBUS_BUILD_NATIVE=0 $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+$(VENV)/.installed-dev: $(STAMP)  # the native engine is there already
+	CHIPBUS_BUILD_NATIVE=0 $(PIP) $(INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
 
 run: $(STAMP)  ## generate text from the demo model through every actor: make run PROMPT="…" MODEL=… ARGS="…"
@@ -27,13 +31,23 @@ test: $(VENV)/.installed-dev  ## the whole suite
 test-fast: $(VENV)/.installed-dev  ## everything that takes less than a second each
 	$(VENV)/bin/pytest -m "not slow"
 
+test-torch: $(VENV)/.installed-dev  ## kernels and whole engines once more, on an install made where nothing compiles
+	rm -rf build/lib* build/torch
+	$(PYTHON) -m venv --without-pip build/torch
+	$(PYTHON) $(SITE) > "$$(build/torch/bin/python $(SITE))/dependencies.pth"
+	CC=false CXX=false $(PIP) --python build/torch/bin/python $(INSTALL) --no-deps --ignore-installed .
+	build/torch/bin/python -P -c 'from chipbus.kernels import native; assert native.library is None'
+	build/torch/bin/python -m pytest tests/kernels tests/e2e
+
+sanitize:  ## the native engine's tests in C++ under address, undefined and thread sanitizers: needs a C++20 compiler alone
+	@$(MAKE) --no-print-directory --output-sync -j$$(nproc) -f tests/native/Makefile
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/.installed-dev  ## mypy sees the rooms as the one package they ship as
-	rm -rf build/typed && CHIPBUS_BUILD_NATIVE=0 $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-		--target build/typed .
+	rm -rf build/lib* build/typed && CHIPBUS_BUILD_NATIVE=0 $(PIP) $(INSTALL) --no-deps --target build/typed .
 	cd build/typed && MYPYPATH=. ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p chipbus
 
 demo-model: $(VENV)/.installed-dev  ## train chipbus/demo/ again on docs/glossary.md and docs/semantics.md (minutes)

@@ -33,6 +33,7 @@ class ChildSpec:
     connect: tuple[str, ...] = ()  # the nodes whose inboxes it connects to, besides the supervisor's
     preload: str = "light"  # key of kinds.PRELOADS: the warden that forks it
     config: dict[str, Any] = attrs.field(factory=dict)  # handed to the actor; what JSON can carry
+    keeps_weights: bool = False  # gets config["weights_fd"]: a memory file, the same in all its lives
     start_timeout_s: float = 300.0  # from the request to start it until its ``Ready``
 
 

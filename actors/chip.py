@@ -20,7 +20,7 @@ import msgspec
 
 from ..bus import Actor, Call, Failure, Progress, Ready, failure_of, handles
 from ..errors import ChipbusError, KernelError, TaskAborted
-from ..kernels.chips import Chip, open_chip
+from ..kernels.chips import Chip, Kept, open_chip
 from ..kernels.null import Fault
 from .messages.launching import (
     AllocTensor,
@@ -133,6 +133,8 @@ class ChipConfig:
     threads: int
     inline: bool = False  # run jobs on the bus thread, in modelled time (one-process system)
     faults: tuple[Fault, ...] = ()  # of a null chip
+    check_numerics: bool = False  # a task that writes NaN fails its dispatch
+    weights_fd: int = -1  # of the memory file the supervisor keeps for this chip; -1: none
 
 
 class ChipActor(Actor):
@@ -146,6 +148,7 @@ class ChipActor(Actor):
         # Written by the compute thread, each in one assignment, and read by the bus thread:
         self._running: tuple[str, int] | None = None  # what, and since when on the bus clock
         self._committed_bytes = 0
+        self._engine = ""
 
     def on_start(self) -> None:
         """Open the chip on the thread that will use it, then report ready."""
@@ -169,7 +172,12 @@ class ChipActor(Actor):
 
     def open_chip(self) -> Chip:
         """The chip this worker owns; called on the compute thread."""
-        return open_chip(self.config.device, self.config.threads, self.config.faults)
+        config = self.config
+        kept = None if config.weights_fd < 0 else Kept(config.weights_fd, self._say_weights)
+        return open_chip(config.device, config.threads, config.faults, check_numerics=config.check_numerics, kept=kept)
+
+    def _say_weights(self, how: str) -> None:
+        self.ctx.call_soon_threadsafe(lambda: self.ctx.log.info("chip.weights", how=how))
 
     def on_stop(self) -> None:
         """Let the running job end, then give the chip back. A job that never ends is the supervisor's to kill."""
@@ -205,8 +213,20 @@ class ChipActor(Actor):
             self.ctx.call_soon_threadsafe(lambda: call.item(item))
 
         tensor = message.tensor
+
+        def alloc(chip: Chip) -> None:
+            chip.alloc(tensor, report)
+            if tensor.source:
+                self._engine = chip.engine
+                self.ctx.call_soon_threadsafe(self._say_engine)
+
         fields = {"tensor": msgspec.msgpack.encode(tensor)}
-        self._run(call, f"alloc {tensor.resident}", lambda chip: chip.alloc(tensor, report), "alloc", fields)
+        self._run(call, f"alloc {tensor.resident}", alloc, "alloc", fields)
+
+    def _say_engine(self) -> None:
+        """Once per model: what computes it. A fallback is something nobody asked for."""
+        say = self.ctx.log.warning if self._engine.startswith("torch:") else self.ctx.log.info
+        say("chip.engine", engine=self._engine)
 
     @handles(FreeTensor)
     def _free(self, message: FreeTensor, call: Call) -> None:
@@ -306,7 +326,7 @@ class ChipActor(Actor):
         running = self._running
         what, since_ns = running or ("", 0)
         running_s = (self.ctx.clock.now_ns() - since_ns) / 1e9 if running else 0.0
-        call.reply(ChipReport(self._committed_bytes, what, running_s))
+        call.reply(ChipReport(self._committed_bytes, what, running_s, self._engine))
 
     def _submit(
         self, call: Call, job: Job, kind: str, entries: Callable[[Any], list[tuple[str, dict[str, Any]]]]

@@ -36,9 +36,14 @@ def _seconds(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
 def _one_of(*allowed: str) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
     def check(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
         if value not in allowed:
-            _refuse(field, value, f"one of {', '.join(allowed)}")
+            _refuse(field, value, allowed[0] if len(allowed) == 1 else f"one of {', '.join(allowed)}")
 
     return check
+
+
+def _yes_or_no(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, bool):
+        _refuse(field, value, "true or false")
 
 
 def _text(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
@@ -68,6 +73,7 @@ class EngineConfig:
     devices: str | None = _setting(None, "comma-separated chips, e.g. cpu:0,cpu:1", _text)
     chip: str = _setting("cpu", "kind of chip: cpu, or null (no numerics, modelled time)", _text)
     dtype: str = _setting("bfloat16", "bfloat16 or float32", _one_of("bfloat16", "float32"))
+    weights: str | None = _setting(None, "int8: keep matrices in it; default: the dtype", _one_of("int8"))
     threads: int | None = _setting(None, "compute threads per chip; default: cores / chips", _whole(1))
     max_model_len: int | None = _setting(None, "context in tokens; default: what model and memory allow", _whole(1))
     max_num_seqs: int = _setting(16, "requests running at once, per replica", _whole(1))
@@ -78,6 +84,9 @@ class EngineConfig:
     seed: int = _setting(0, "draws the seeds of requests that bring none", _whole(0), flags=("--engine-seed",))
     record: Path | None = _setting(
         None, "directory to record the run in", attrs.validators.instance_of(Path), attrs.converters.optional(Path)
+    )
+    check_numerics: bool = _setting(
+        False, "end a request with the task that wrote NaN, where one did; slower", _yes_or_no
     )
     max_restarts: int = _setting(5, "deaths of one child allowed within 30 s", _whole(0))
     start_timeout_s: float = _setting(

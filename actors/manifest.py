@@ -28,7 +28,7 @@ class RunManifest:
     machine: str
     model_dir: str  # empty: no model was served
     fingerprint: str  # of the checkpoint, as kernels.qwen3.model computes it
-    config: dict[str, str | int | float | None]
+    config: dict[str, str | bool | int | float | None]
 
 
 def write_manifest(

@@ -13,7 +13,7 @@ import attrs
 import msgspec
 
 from ..errors import ConfigError, TopologyError
-from ..kernels.memory import available_bytes, check_memory, default_kv_pages, replica_bytes
+from ..kernels.memory import available_bytes, check_memory, default_kv_pages, replica_bytes, weights_bytes
 from ..kernels.qwen3.model import ModelSpec
 from ..kernels.qwen3.step import Limits
 from ..topology import ChipPlace, ReplicaPlace, Topology
@@ -49,7 +49,12 @@ class EnginePlan:
     @property
     def weights_bytes(self) -> int:
         """Memory of one replica's weights."""
-        return self.spec.weights_bytes
+        return weights_bytes(self.spec, self.weights)
+
+    @property
+    def weights(self) -> str:
+        """What matrices are kept in: "int8", or "" for the dtype."""
+        return self.config.weights or ""
 
     @property
     def page_bytes(self) -> int:
@@ -59,7 +64,7 @@ class EnginePlan:
     @property
     def replica_bytes(self) -> int:
         """Memory one replica takes in all: weights, KV pages, buffers, processes."""
-        return replica_bytes(self.spec, self.limits)
+        return replica_bytes(self.spec, self.limits, self.weights)
 
     def children(self) -> tuple[ChildSpec, ...]:
         """The processes below the supervisor, in start order: tokenizer, router, each replica core and its chip."""
@@ -98,6 +103,7 @@ class EnginePlan:
                 "chip": chip.name,
                 "model_dir": str(self.model_dir),
                 "dtype": self.config.dtype,
+                "weights": self.weights,
                 "limits": msgspec.to_builtins(self.limits),
                 "prefill_chunk_tokens": self.config.prefill_chunk_tokens,
                 "max_waiting": self.config.max_waiting,
@@ -115,7 +121,12 @@ class EnginePlan:
             group=place.name,
             connect=(place.name,),
             preload="torch" if chip.device.kind == "cpu" else "light",
-            config={"device": str(chip.device), "threads": self.threads},
+            keeps_weights=chip.device.kind == "cpu",
+            config={
+                "device": str(chip.device),
+                "threads": self.threads,
+                "check_numerics": self.config.check_numerics,
+            },
             start_timeout_s=self.config.start_timeout_s,
         )
 
@@ -156,7 +167,7 @@ def plan_engine(config: EngineConfig, topology: Topology | None = None) -> Engin
             )
     replicas = len(topology.replicas)
     limits = _limits(config, spec, replicas)
-    check_memory(spec, limits, replicas)
+    check_memory(spec, limits, replicas, weights=config.weights or "")
     cores = len(os.sched_getaffinity(0))
     return EnginePlan(
         config=config,
@@ -214,6 +225,7 @@ def _limits(config: EngineConfig, spec: ModelSpec, replicas: int) -> Limits:
                 page_size=config.page_size,
                 replicas=replicas,
                 available=available,
+                weights=config.weights or "",
             )
         except ConfigError:
             if config.max_model_len is not None or context <= config.page_size:

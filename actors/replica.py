@@ -42,6 +42,7 @@ class ReplicaConfig:
     chip: str  # name of its chip worker
     model_dir: str
     dtype: str
+    weights: str = ""  # what matrices are kept in: "int8", or "" for ``dtype``
     limits: Limits
     prefill_chunk_tokens: int
     max_waiting: int
@@ -84,7 +85,7 @@ class ReplicaActor(Actor):
         """Read the model's description; the chip follows when it is up."""
         self._began_ns = self.ctx.clock.now_ns()
         spec = ModelSpec.from_directory(self.config.model_dir, self.config.dtype)
-        self._programs = ModelPrograms.build(spec, self.config.limits)
+        self._programs = ModelPrograms.build(spec, self.config.limits, weights=self.config.weights)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 limits=self.config.limits,

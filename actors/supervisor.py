@@ -1,6 +1,7 @@
 """The supervisor: owns every process of the runtime, restarts what dies, tells the others, and never waits.
 
-Owns: wardens, the current life of each child, and the tree's state (``lifecycle.Tree``). Thread: its bus loop.
+Owns: wardens, the current life of each child, the memory files in which packed weights outlive a life, and the tree's
+state (``lifecycle.Tree``). Thread: its bus loop.
 
     wardens' sockets, pidfds, signals, messages ──events──▶ lifecycle.step ──actions──▶ wardens, signals, messages
 
@@ -117,6 +118,7 @@ class SupervisorActor(Actor):
         self._signals_fd = signals_fd
         self._fate_fds = tuple(fate_fds)
         self._lives: dict[str, _Life] = {}
+        self._weights: dict[str, int] = {}  # memory file of each child that keeps weights
         self._events: deque[Event] = deque()
         self._is_stepping = False
         self._timer: Timer | None = None
@@ -384,6 +386,7 @@ class SupervisorActor(Actor):
                     self._do(action)
         finally:
             self._is_stepping = False
+        self._drop_weights()
         self._arm_timer()
         self._tell_tree()
 
@@ -418,6 +421,7 @@ class SupervisorActor(Actor):
         spec = self._tree.children[name].spec
         try:
             warden = self._warden(spec.preload)
+            weights = (self._weights_of(name),) if spec.keeps_weights else ()
             tether = Tether.make()
         except OSError as error:
             self._events.append(
@@ -425,7 +429,21 @@ class SupervisorActor(Actor):
             )
             return
         self._lives[name] = _Life(name, incarnation, warden, tether)
-        warden.request(name, incarnation, tether)
+        warden.request(name, incarnation, tether, weights)
+
+    def _weights_of(self, name: str) -> int:
+        """The memory file that is given to every life of a child. It has no name: with the descriptors it is gone."""
+        if name not in self._weights:
+            self._weights[name] = os.memfd_create("chipbus-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        return self._weights[name]
+
+    def _drop_weights(self) -> None:
+        """Close the memory files of children that have no further life."""
+        for name in [name for name in self._weights if self._tree.children[name].status is Status.GONE]:
+            file = self._weights.pop(name)
+            if os.fstat(file).st_size:
+                self._freed.append(f"packed weights of {name}")
+            os.close(file)
 
     def _warden(self, preload: str) -> Warden:
         warden = self._wardens.get(preload)

@@ -126,46 +126,48 @@ class _Warden:
             self._end_orphaned()
         match msgspec.msgpack.decode(data, type=ToWarden):
             case SpawnChild(name, incarnation):
-                (tether_fd,) = fds
-                self._spawn(name, incarnation, tether_fd)
+                self._spawn(name, incarnation, fds)
             case Leave():
                 os._exit(0)
 
-    def _spawn(self, name: str, incarnation: int, tether_fd: int) -> None:
+    def _spawn(self, name: str, incarnation: int, fds: list[int]) -> None:
+        """fds: read end of the tether and, for a child that keeps weights, their memory file."""
         spec = self._boot.spec(name)
         words_fd, childs_words_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        tether_fd, *weights_fds = fds
+        given = (tether_fd, childs_words_fd, *weights_fds)
         try:
             if spec is None:
                 raise ProcessLookupError(f"the boot file names no child {name!r}")
             is_forked = count_threads() == 1
             if is_forked:
-                process = fork(lambda: self._child_main(spec, incarnation, tether_fd, childs_words_fd))
+                process = fork(lambda: self._child_main(spec, incarnation, given))
             else:
                 log.warning("warden.not_forking", child=name, threads=count_threads())
-                process = self._execute(name, incarnation, tether_fd, childs_words_fd)
+                process = self._execute(name, incarnation, given)
             arm_tether(tether_fd, process.pid)
         except OSError as error:
             os.close(words_fd)
             self._tell(SpawnRefused(name, incarnation, f"warden {self._preload} cannot start {name}: {error}"))
             return
         finally:
-            os.close(childs_words_fd)
-            os.close(tether_fd)
+            for fd in given:
+                os.close(fd)
         self._children[process.pidfd] = _Child(name, incarnation, process, words_fd)
         self._poll.register(process.pidfd, select.POLLIN)
         self._tell(Spawned(name, incarnation, process.pid, is_forked), (process.pidfd,))
 
-    def _child_main(self, spec: ChildSpec, incarnation: int, tether_fd: int, words_fd: int) -> NoReturn:
-        close_inherited_fds((tether_fd, words_fd, self._lock_fd))
+    def _child_main(self, spec: ChildSpec, incarnation: int, given: tuple[int, ...]) -> NoReturn:
+        close_inherited_fds((*given, self._lock_fd))
         reset_signals()
         start_session()
-        _run_child(self._boot, spec, incarnation, tether_fd, words_fd, self._entries)
+        _run_child(self._boot, spec, incarnation, self._entries, *given)
 
-    def _execute(self, name: str, incarnation: int, tether_fd: int, words_fd: int) -> Process:
+    def _execute(self, name: str, incarnation: int, given: tuple[int, ...]) -> Process:
         """The slow way, taken when an import started a thread: a fresh process that imports everything itself."""
         own_command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-        arguments = ["child", str(self._boot_path), name, str(incarnation), str(tether_fd), str(words_fd)]
-        return spawn([*own_command, *arguments], pass_fds=(tether_fd, words_fd, self._lock_fd))
+        arguments = ["child", str(self._boot_path), name, str(incarnation), *map(str, given)]
+        return spawn([*own_command, *arguments], pass_fds=(*given, self._lock_fd))
 
     def _reap(self, pidfd: int) -> None:
         child = self._children[pidfd]
@@ -199,7 +201,13 @@ class _Warden:
 
 
 def _run_child(
-    boot: Boot, spec: ChildSpec, incarnation: int, tether_fd: int, words_fd: int, entries: Mapping[str, str]
+    boot: Boot,
+    spec: ChildSpec,
+    incarnation: int,
+    entries: Mapping[str, str],
+    tether_fd: int,
+    words_fd: int,
+    weights_fd: int | None = None,
 ) -> NoReturn:
     """Be the child: arm the tether, build the actor, run its node to the end. Never returns, never raises."""
     live_by_tether(tether_fd)
@@ -217,7 +225,8 @@ def _run_child(
             seed=boot.seed,
             record=None if boot.record is None else Path(boot.record),
         )
-        node = Node(config, load_actor(spec.kind, spec.config, entries))
+        given = {} if weights_fd is None else {"weights_fd": weights_fd}
+        node = Node(config, load_actor(spec.kind, {**spec.config, **given}, entries))
         node.connect(SUPERVISOR, 1)
         node.run()
     except ChipbusError as error:
@@ -254,11 +263,11 @@ def serve(entries: Mapping[str, str] = ENTRIES, preloads: Mapping[str, tuple[str
     """
     reset_signals()
     if sys.argv[1] == "child":
-        _, _, boot_path, name, incarnation, tether_fd, words_fd = sys.argv
+        _, _, boot_path, name, incarnation, *given = sys.argv
         boot = Boot.read(Path(boot_path))
         spec = boot.spec(name)
         assert spec is not None, "the warden has looked it up"
-        _run_child(boot, spec, int(incarnation), int(tether_fd), int(words_fd), entries)
+        _run_child(boot, spec, int(incarnation), entries, *map(int, given))
     _, _, preload, boot_path, link_fd, tether_fd, lock_fd = sys.argv
     if preload != LIGHT:
         live_by_tether(int(tether_fd))

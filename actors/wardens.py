@@ -47,7 +47,7 @@ class Warden:
         self.is_ready = False
         self.is_silent = False  # it closed its end: nothing more will come
         self.has_ended = False
-        self._waiting: dict[Request, Tether] = {}
+        self._waiting: dict[Request, tuple[Tether, tuple[int, ...]]] = {}
         self._asked: set[Request] = set()
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._link.setblocking(False)
@@ -71,19 +71,22 @@ class Warden:
         """Readable when ``receive`` has something."""
         return self._link.fileno()
 
-    def request(self, name: str, incarnation: int, tether: Tether) -> None:
-        """Ask for a child; its tether's read end goes with the request. It is answered once, unless the warden dies."""
+    def request(self, name: str, incarnation: int, tether: Tether, weights: tuple[int, ...] = ()) -> None:
+        """Ask for a child; its tether's read end goes with the request. It is answered once, unless the warden dies.
+
+        weights: the memory file of a child that keeps weights. It stays the caller's, open until the answer.
+        """
         if self.is_ready:
-            self._ask(name, incarnation, tether)
+            self._ask(name, incarnation, tether, weights)
         else:
-            self._waiting[name, incarnation] = tether
+            self._waiting[name, incarnation] = (tether, weights)
 
     def withdraw(self, name: str, incarnation: int) -> bool:
         """Take back a request that has not been sent. False if it has: then the child exists, or soon will."""
-        tether = self._waiting.pop((name, incarnation), None)
-        if tether is not None:
-            tether.drop_read_end()
-        return tether is not None
+        waiting = self._waiting.pop((name, incarnation), None)
+        if waiting is not None:
+            waiting[0].drop_read_end()
+        return waiting is not None
 
     def owes(self, name: str, incarnation: int) -> bool:
         """Whether the request was sent and has not been answered."""
@@ -130,7 +133,7 @@ class Warden:
         """The process was reaped: give everything back. Requests that will never be answered."""
         self.has_ended = True
         unanswered = [*self._waiting, *self._asked]
-        for tether in self._waiting.values():
+        for tether, _ in self._waiting.values():
             tether.drop_read_end()
         self._waiting.clear()
         self._asked.clear()
@@ -142,14 +145,14 @@ class Warden:
     def _begin(self) -> None:
         self.is_ready = True
         waiting, self._waiting = self._waiting, {}
-        for (name, incarnation), tether in waiting.items():
-            self._ask(name, incarnation, tether)
+        for (name, incarnation), (tether, weights) in waiting.items():
+            self._ask(name, incarnation, tether, weights)
 
-    def _ask(self, name: str, incarnation: int, tether: Tether) -> None:
+    def _ask(self, name: str, incarnation: int, tether: Tether, weights: tuple[int, ...]) -> None:
         self._asked.add((name, incarnation))
         # A full or broken socket means a warden that is stuck or dying. Its death answers what it owes.
         with contextlib.suppress(OSError):
-            self._send(SpawnChild(name, incarnation), (tether.read_fd,))
+            self._send(SpawnChild(name, incarnation), (tether.read_fd, *weights))
         tether.drop_read_end()
 
     def _send(self, message: ToWarden, fds: tuple[int, ...] = ()) -> None:

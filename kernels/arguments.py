@@ -80,6 +80,8 @@ def check_tensor(tensor: TensorSpec, residents: Mapping[int, TensorSpec]) -> Non
         raise InvalidArgs(f"{where} is allocated already, as {_described(residents[tensor.resident])}; free it first")
     if tensor.dtype not in DTYPE_BYTES:
         raise InvalidArgs(f"{where}: dtype is {tensor.dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+    if tensor.weights not in ("", "int8") or (tensor.weights and not tensor.source):
+        raise InvalidArgs(f"{where}: weights is {tensor.weights!r}; expected 'int8' or '', and '' without a source")
     if any(extent < 0 for extent in tensor.shape):
         raise InvalidArgs(f"{where}: shape is {list(tensor.shape)}; extents are at least 0")
 

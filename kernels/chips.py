@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import attrs
+
 from ..errors import ConfigError
 from .dispatch import Arg, Completion, Dispatch
 from .program import Program, TensorSpec
@@ -15,7 +17,7 @@ from .program import Program, TensorSpec
 if TYPE_CHECKING:
     from .faults import Fault
 
-__all__ = ["CHIP_KINDS", "Chip", "Report", "open_chip"]
+__all__ = ["CHIP_KINDS", "Chip", "Kept", "Report", "open_chip"]
 
 CHIP_KINDS = ("cpu", "cuda", "null")
 """Kinds ``open_chip`` knows, as in the device name "cpu:0"."""
@@ -24,12 +26,31 @@ Report = Callable[[float, float], None]
 """Told (bytes done, bytes in total) while something long is loaded; called on the thread that called the chip."""
 
 
+@attrs.frozen
+class Kept:
+    """A memory file that somebody keeps for a chip, empty or as an earlier chip left it: in it packed weights live on.
+
+    ``tell`` hears, on the thread that uses the chip, whether a model's weights were there ("mapped") and if not, why.
+    """
+
+    file: int
+    tell: Callable[[str], None]
+
+
 class Chip(Protocol):
     """One device with its own memory. Used from one thread, the one that opened it; commands run in order.
 
     Everything refused raises ``KernelError`` naming dispatch or resident, argument, what was expected and found, and
     changes nothing on the chip.
     """
+
+    @property
+    def engine(self) -> str:
+        """What computes a model's programs, for people: "null", "native, avx512bf16", or "torch: " and why not native.
+
+        Final once weights have been loaded: not every engine takes every model.
+        """
+        ...
 
     @property
     def resident_bytes(self) -> int:
@@ -85,10 +106,18 @@ class Chip(Protocol):
         ...
 
 
-def open_chip(device: str, threads: int, faults: Sequence[Fault] = ()) -> Chip:
+def open_chip(
+    device: str,
+    threads: int,
+    faults: Sequence[Fault] = (),
+    *,
+    check_numerics: bool = False,
+    kept: Kept | None = None,
+) -> Chip:
     """Open "cpu:0", "cuda:0" or "null:0"; ``threads`` is how many a cpu chip computes with. Raises ``ConfigError``.
 
-    ``faults``: what goes wrong and when, on a null chip; no other has any to give.
+    ``faults``: what goes wrong and when, on a null chip; no other has any to give. ``check_numerics``: a task that
+    writes NaN is a ``CoreException`` that names it; on a null chip there is none. ``kept``: for a cpu chip.
     """
     kind, _, index = device.partition(":")
     if kind not in CHIP_KINDS or not index.isdecimal():
@@ -104,7 +133,7 @@ def open_chip(device: str, threads: int, faults: Sequence[Fault] = ()) -> Chip:
     if kind == "cuda":
         from .cuda import CudaChip  # imports torch
 
-        return CudaChip(int(index))
+        return CudaChip(int(index), check_numerics=check_numerics)
     from .cpu import CpuChip
 
-    return CpuChip(threads)
+    return CpuChip(threads, check_numerics=check_numerics, kept=kept)

@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .chips import Report
+from .chips import Kept, Report
 from .graph import TaskGraph
 from .memory import available_bytes
-from .native import open_cores, why_not
-from .native.model import NativeModel, refused
-from .program import TensorSpec
+from .native import open_cores
+from .native.model import NativeModel
+from .native.shapes import engine_of
+from .program import DTYPE_BYTES, TensorSpec
 from .qwen3 import graphs
 from .qwen3.model import ModelSpec
 from .qwen3.rows import check_rows, plan_rows, split_ragged
@@ -44,18 +45,20 @@ class CpuChip(TorchChip):
     """
 
     def __init__(
-        self, threads: int, max_graphs: int | None = None, *, isa: str = "", check_numerics: bool = False
+        self,
+        threads: int,
+        max_graphs: int | None = None,
+        *,
+        isa: str = "",
+        check_numerics: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         limit = {} if max_graphs is None else {"max_graphs": max_graphs}
         super().__init__(torch.device("cpu"), _RUNNERS, **limit, check_numerics=check_numerics)
-        self.engine = f"torch: {why_not(isa)}"
-        self.native: NativeModel | None = None
-        if isa == "none":
-            self.engine = "torch, as asked"
-        elif not why_not(isa):
-            self.native = NativeModel(open_cores(threads, isa))
-            self.engine = f"native, {self.native.cores.isa}"
+        self.isa = isa
+        self.engine = engine_of(isa=isa)
+        self.native = None if self.engine.startswith("torch") else NativeModel(open_cores(threads, isa), kept)
 
     def free_bytes(self) -> int:
         """Memory of the machine, or of the cgroup this process is in."""
@@ -72,11 +75,9 @@ class CpuChip(TorchChip):
 
     def load(self, tensor: TensorSpec, report: Report | None) -> tuple[Mapping[str, Any], int]:
         """Weights packed for the engine that will run the model's programs."""
-        if self.native is not None:
-            reason = refused(ModelSpec.from_directory(tensor.source, tensor.dtype), tensor.weights)
-            if not reason:
-                return self.native.load(tensor, report)
-            self.engine = f"torch: {reason}"
+        self.engine = engine_of(ModelSpec.from_directory(tensor.source, tensor.dtype), tensor.weights, self.isa)
+        if self.native is not None and self.engine.startswith("native"):
+            return self.native.load(tensor, report)
         return super().load(tensor, report)
 
     def free(self, resident: int) -> None:
@@ -97,8 +98,9 @@ def _replay(launch: Launch, trace: _Trace, size: int, fill: Callable[[Any], None
     chip = launch.chip
     assert isinstance(chip, CpuChip)
     graph: Executor
-    if chip.native is not None and chip.native.has(launch.args["weights"].resident):
-        static = chip.native.tiled(launch.static, size)
+    weights = launch.args["weights"].resident
+    if chip.native is not None and chip.native.has(weights):
+        static = chip.native.tiled(weights, launch.static, size)
         capture = chip.capture_builtin(launch, f"{size}.native", lambda: trace(static, size))
         graph = chip.bind(launch, capture, partial(chip.native.bind, chip, capture))
     else:
@@ -135,9 +137,16 @@ def _forward(launch: Launch, trace: _Trace, lengths: NDArray[Any], starts: str, 
         end = min(begin + buckets[-1], total)
         fill = methodcaller("fill_tokens", plan=plan, page_size=launch.static["page_size"], begin=begin, end=end)
         _replay(launch, trace, graphs.bucket_of(end - begin, buckets), fill)
+        launch.read(plan.context(begin, end) * _position_bytes(launch.static))
     _wrote_slots(launch, "k_cache", plan.slots)
     _wrote_slots(launch, "v_cache", plan.slots)
     _wrote_rows(launch, "hidden", [row for row in plan.rows if row >= 0])
+
+
+def _position_bytes(static: Mapping[str, Any]) -> int:
+    """Of the keys and values of one position, in all layers."""
+    per_layer: int = 2 * static["num_kv_heads"] * static["head_dim"] * DTYPE_BYTES[static["dtype"]]
+    return per_layer * int(static["num_layers"])
 
 
 def _prefill(launch: Launch) -> None:
@@ -177,6 +186,8 @@ def _sample(launch: Launch) -> None:
     widest = launch.args["top_ids"].shape[1]
     top_ids = np.zeros((len(rows), widest), np.int32)
     top_logprobs = np.full((len(rows), widest), -math.inf, np.float32)
+    assert isinstance(launch.chip, CpuChip)
+    search = {} if launch.chip.native is None else {"largest": launch.chip.native.largest}
     chosen = []
     for at, (row, values, history, banned) in enumerate(
         zip(rows, launch.array("settings").tolist(), *ragged, strict=True)
@@ -184,7 +195,7 @@ def _sample(launch: Launch) -> None:
         settings = dict(zip(SAMPLE_COLUMNS, values, strict=True))
         for whole in ("top_k", "prompt_tokens", "logprobs"):
             settings[whole] = int(settings[whole])
-        one = choose(logits[row], Choice(**settings, history=history, banned=banned))
+        one = choose(logits[row], Choice(**settings, history=history, banned=banned), **search)
         count = min(len(one.top_ids), widest)
         top_ids[at, :count], top_logprobs[at, :count] = one.top_ids[:count], one.top_logprobs[:count]
         chosen.append(one)

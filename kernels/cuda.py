@@ -17,11 +17,11 @@ __all__ = ["CudaChip"]
 class CudaChip(TorchChip):
     """A ``Chip`` on the GPU of that index. Raises ``ConfigError`` where torch sees no such GPU."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, *, check_numerics: bool = False) -> None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if index >= count:
             raise ConfigError(f"device is 'cuda:{index}'; torch sees {count or 'no'} GPU{'s' * (count > 1)} here")
-        super().__init__(torch.device("cuda", index))
+        super().__init__(torch.device("cuda", index), check_numerics=check_numerics)
 
     def free_bytes(self) -> int:
         """Memory of the GPU that nobody holds."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arg", "Completion", "Dispatch", "LaunchConfig"]
+__all__ = ["Arg", "Completion", "Dispatch", "LaunchConfig", "Usage"]
 
 
 @attrs.frozen
@@ -80,6 +81,37 @@ class Dispatch:
 
 
 @attrs.frozen(kw_only=True)
+class Usage:
+    """What graphs took of their chip, counted whenever one runs; no part of what a replay compares.
+
+    All zero where nothing is counted: on a null chip, and for programs that run no graph.
+    """
+
+    tasks: int = 0
+    run_ns: int = 0
+    """Inside the engine that runs the tasks: the kernels' own time, nothing around them."""
+    busy_ns: tuple[int, ...] = ()
+    """Of it, per core, what did not pass waiting for a task. Of torch, whose threads are its own, all is core 0's."""
+    bytes_read: int = 0
+    """Weights, and keys and values, each once per window of a dispatch (a tile that reads them again finds them in a
+    cache); 0 if not known. Embedding rows, norms and activations are not counted."""
+
+    def __add__(self, other: Usage) -> Usage:
+        """Of both, one after the other."""
+        return Usage(
+            tasks=self.tasks + other.tasks,
+            run_ns=self.run_ns + other.run_ns,
+            busy_ns=tuple(map(sum, zip_longest(self.busy_ns, other.busy_ns, fillvalue=0))),
+            bytes_read=self.bytes_read + other.bytes_read,
+        )
+
+    @property
+    def busy_shares(self) -> tuple[float, ...]:
+        """Per core, the part of ``run_ns`` it was busy."""
+        return tuple(busy / max(self.run_ns, 1) for busy in self.busy_ns)
+
+
+@attrs.frozen(kw_only=True)
 class Completion:
     """A dispatch ran to its end. ``device_ns`` is time on the chip (modelled on a null chip)."""
 
@@ -91,3 +123,4 @@ class Completion:
     task_cores: bytes = b""  # with ``timeline``: int16, the core each task ran on
     graph: str = ""  # with ``timeline``: names of the captured graphs the times belong to, joined by spaces
     fault: str = ""  # what a null chip did wrong on purpose without ending the launch
+    usage: Usage = Usage()

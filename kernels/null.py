@@ -80,6 +80,7 @@ class NullChip:
     def __init__(
         self, faults: Sequence[Fault] = (), cost: CostTable | None = None, *, memory_bytes: int | None = None
     ) -> None:
+        self.engine = "null"
         self._faults = tuple(faults)
         self._cost = cost or CostTable()
         self._memory_bytes = memory_bytes

@@ -14,10 +14,13 @@ from functools import cached_property
 import attrs
 import msgspec
 
-__all__ = ["DTYPE_BYTES", "Direction", "Param", "Program", "TensorSpec", "nbytes"]
+__all__ = ["DTYPE_BYTES", "INT8_GROUP", "Direction", "Param", "Program", "TensorSpec", "nbytes"]
 
 DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "float64": 8, "int64": 8}
 """Bytes of one element, by torch's dtype name without prefix: every dtype an argument or a resident may have."""
+
+INT8_GROUP = 128
+"""Inputs of an int8 matrix that share a scale."""
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:

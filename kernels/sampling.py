@@ -11,11 +11,14 @@ those of the logits as they came.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
+
+from . import native
 
 __all__ = ["Choice", "Chosen", "choose"]
 
@@ -54,10 +57,17 @@ class Chosen:
     top_logprobs: list[float]
 
 
-def choose(logits: Floats, choice: Choice) -> Chosen:
-    """Choose from ``logits`` (V,), which stay as they are. If every token is banned, bans are ignored."""
+def _argmax(values: Floats) -> int:
+    return int(values.argmax())
+
+
+def choose(logits: Floats, choice: Choice, largest: Callable[[Floats], int] = _argmax) -> Chosen:
+    """Choose from ``logits`` (V,), which stay as they are. If every token is banned, bans are ignored.
+
+    largest: the index of an array's largest number, the lowest among equals.
+    """
     adjusted = _adjusted(logits, choice)
-    token = int(adjusted.argmax()) if choice.temperature == 0 else _draw(adjusted, choice)
+    token = largest(adjusted) if choice.temperature == 0 else _draw(adjusted, choice)
     if choice.logprobs < 0:
         return Chosen(token, float("nan"), [], [])
     largest = logits.max()
@@ -113,6 +123,8 @@ def _descending(values: Floats, count: int) -> Ids:
         return np.empty(0, np.intp)
     if count == len(values):
         return np.argsort(-values, kind="stable")
+    if native.library is not None and values.flags.c_contiguous:
+        return np.array(native.library.top(values, count), np.intp)
     candidates = np.flatnonzero(values >= np.partition(values, -count)[-count])
     return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
 

@@ -21,16 +21,19 @@ from ..errors import KernelError, MemoryExhausted
 from .arguments import check_arguments, check_copy, check_kind, check_tensor, find_program, find_resident
 from .captures import Capture, Captures
 from .chips import Report
-from .dispatch import Arg, Completion, Dispatch, LaunchConfig
+from .dispatch import Arg, Completion, Dispatch, LaunchConfig, Usage
 from .graph import TaskGraph
+from .int8 import Int8Matrix
+from .memory import weights_bytes
 from .program import Direction, Param, Program, TensorSpec, nbytes
 from .torch_executor import BoundGraph, HeapArenas
 from .torch_kernels import Window, Workspace
-from .weights import load_weights
+from .weights import load_weights, pack
 
 __all__ = ["Executor", "Launch", "Runner", "TorchChip"]
 
 E = TypeVar("E", bound="Executor")
+R = TypeVar("R")
 
 _MAX_GRAPHS = 64  # all buckets of the Qwen3 programs are 36
 
@@ -39,6 +42,13 @@ class Executor(Protocol):
     """A graph bound to memory: ``BoundGraph``, or another that runs the same graphs."""
 
     uses_heap: bool
+    tasks: int
+    weight_bytes: int
+    """Of weights that a run reads, each once."""
+
+    def busy_ns(self) -> tuple[int, ...]:
+        """Per core, how long it has run tasks since it was started; empty where no core is counted."""
+        ...
 
     def run(self, where: str) -> None:
         """Every task once. One that fails is a ``CoreException`` naming it, after ``where``."""
@@ -66,6 +76,7 @@ class TorchChip(ABC):
         check_numerics: bool = False,
     ) -> None:
         self.device = device
+        self.engine = "torch"
         self.check_numerics = check_numerics
         self._runners = {"tile": _run_tiles, **(runners or {})}
         self._max_graphs = max_graphs
@@ -149,10 +160,9 @@ class TorchChip(ABC):
         settled = self._settled.get((dispatch.program, dispatch.args, dispatch.config))
         if settled is not None and not digest:
             with torch.inference_mode():
-                began = time.perf_counter_ns()
-                settled.run(f"dispatch {dispatch.dispatch_id} of {self._programs[dispatch.program].name}")
-                self.synchronize()
-            return Completion(dispatch_id=dispatch.dispatch_id, device_ns=time.perf_counter_ns() - began)
+                where = f"dispatch {dispatch.dispatch_id} of {self._programs[dispatch.program].name}"
+                _, usage = self.counted(settled, lambda: settled.run(where))
+            return Completion(dispatch_id=dispatch.dispatch_id, device_ns=usage.run_ns, usage=usage)
         program = find_program(self._programs, dispatch.program, f"dispatch {dispatch.dispatch_id}")
         sizes = check_arguments(program, dispatch, self._residents)
         launch = Launch(self, program, dispatch, sizes)
@@ -169,6 +179,7 @@ class TorchChip(ABC):
             task_times=np.array(launch.task_times, "<i8").tobytes(),
             task_cores=np.array(launch.task_cores, "<i2").tobytes(),
             graph=" ".join(launch.graphs),
+            usage=launch.usage,
         )
 
     def describe(self, graph: str) -> str:
@@ -205,8 +216,8 @@ class TorchChip(ABC):
 
     def load(self, tensor: TensorSpec, report: Report | None) -> tuple[Mapping[str, Any], int]:
         """A checkpoint's weights by the names graphs bind them by, and the bytes they take."""
-        spec, weights = load_weights(tensor, report)
-        return weights, spec.weights_bytes
+        spec, weights = load_weights(tensor, report, Int8Matrix.of if tensor.weights == "int8" else pack)
+        return weights, weights_bytes(spec, tensor.weights)
 
     def bind(self, launch: Launch, capture: Capture, make: Callable[[Mapping[str, Any]], E]) -> E:
         """A captured graph on the dispatch's residents: the one bound before, or what ``make`` makes of their memory.
@@ -254,6 +265,15 @@ class TorchChip(ABC):
 
         return self.bind(launch, capture, make)
 
+    def counted(self, graph: Executor, run: Callable[[], R]) -> tuple[R, Usage]:
+        """What ``run``, which runs ``graph`` once, returned, and what that took."""
+        before, began = graph.busy_ns(), time.perf_counter_ns()
+        result = run()
+        self.synchronize()
+        run_ns = time.perf_counter_ns() - began
+        busy = tuple(now - then for then, now in zip(before, graph.busy_ns(), strict=True))
+        return result, Usage(tasks=graph.tasks, run_ns=run_ns, busy_ns=busy or (run_ns,), bytes_read=graph.weight_bytes)
+
     def settle(self, launch: Launch, graph: Executor) -> None:
         """The same dispatch again may run ``graph`` at once, until residents or graphs change."""
         self._settled[launch.dispatch.program, launch.dispatch.args, launch.dispatch.config] = graph
@@ -293,7 +313,7 @@ class TorchChip(ABC):
 
 
 class Launch:
-    """One dispatch while it runs: its arguments by name, and what its runner says about outputs, digests and times."""
+    """One dispatch while it runs: its arguments by name, and what its runner says of outputs, digests, times, usage."""
 
     def __init__(self, chip: TorchChip, program: Program, dispatch: Dispatch, sizes: Mapping[str, int]) -> None:
         self.chip = chip
@@ -307,6 +327,7 @@ class Launch:
         self.task_times: list[int] = []
         self.task_cores: list[int] = []
         self.graphs: list[str] = []
+        self.usage = Usage()
         self.began = time.perf_counter_ns()
         self._written: dict[str, Callable[[], Iterable[Tensor]]] = {}
 
@@ -322,12 +343,19 @@ class Launch:
         """Replay a bound graph, with times if the dispatch asks for them."""
         config = self.dispatch.config
         if config is None or not config.timeline:
-            graph.run(self.where)
-            return
-        self.graphs.append(capture.name)
-        times, cores = graph.run_timed(self.where, self.began, self.chip.synchronize)
-        self.task_times += times
-        self.task_cores += cores
+            _, usage = self.chip.counted(graph, lambda: graph.run(self.where))
+        else:
+            (times, cores), usage = self.chip.counted(
+                graph, lambda: graph.run_timed(self.where, self.began, self.chip.synchronize)
+            )
+            self.graphs.append(capture.name)
+            self.task_times += times
+            self.task_cores += cores
+        self.usage += usage
+
+    def read(self, nbytes: int) -> None:
+        """Count bytes that graphs read beyond their weights."""
+        self.usage += Usage(bytes_read=nbytes)
 
     def give(self, name: str, array: NDArray[Any]) -> None:
         """An OUT parameter by value."""

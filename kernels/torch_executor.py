@@ -17,14 +17,16 @@ from torch import Tensor
 from ..errors import CoreException, KernelError
 from .graph import Buffer, Tag, Task, TaskGraph, Tile
 from .incore import InCore
+from .int8 import Int8Matrix
 from .program import nbytes
 from .torch_kernels import KERNELS, BoundTask, Kernel, Window, Workspace
 from .weights import packed_rows
 
-__all__ = ["BoundGraph", "HeapArenas"]
+__all__ = ["BoundGraph", "HeapArenas", "from_token", "tiles_of"]
 
 # Bound by name in built-in programs, but read from the window as Python values: a tensor element costs a call each.
 _WINDOW_VALUES = ("slots", "row_offsets", "row_ends", "block_tables", "stores")
+_WHOLE_WINDOW = ("load_rows", "rotary_table")  # kernels of one task for all tokens, without a first one
 _NOTHING = torch.empty(0)
 
 
@@ -74,7 +76,7 @@ class BoundGraph:
     def __init__(
         self,
         graph: TaskGraph,
-        memory: Mapping[str, Tensor],
+        memory: Mapping[str, Any],
         window: Window,
         workspace: Workspace,
         kernels: Mapping[str, Kernel] = KERNELS,
@@ -86,12 +88,14 @@ class BoundGraph:
         self.window = window
         self.memory = memory
         self.uses_heap = any(buffer.place is not None for buffer in graph.buffers)
+        self.tasks = len(graph.tasks)
+        self.weight_bytes = sum(_weight_bytes(task, memory) for task in graph.tasks)
         self._graph = graph
         given = {"tokens": window.tokens, "positions": window.positions, "loads": window.loads, **memory}
         kernels = {**kernels, **{name: _incore(incore) for name, incore in (incores or {}).items()}}
         fresh = _fresh_buffers(graph, kernels, incores or {})
         places: dict[Tile, int] = {}
-        values: list[Tensor] = []
+        values: list[Any] = []
         fixed: dict[int, Tensor] = {}
         self._calls: list[Callable[[], Any]] = []
         for task in graph.tasks:
@@ -110,6 +114,10 @@ class BoundGraph:
         self._values = values
         self._places = places
         self._fresh = [place for tile, place in places.items() if tile.buffer.index in fresh]
+
+    def busy_ns(self) -> tuple[int, ...]:
+        """Nothing: torch computes on threads of its own."""
+        return ()
 
     def run(self, where: str) -> None:
         """Every task once, in submission order. One that raises is a ``CoreException`` naming it, after ``where``."""
@@ -152,9 +160,30 @@ class BoundGraph:
 
     def _failed(self, where: str, at: int, error: Exception) -> CoreException:
         task = self._graph.tasks[at]
-        tiles = ", ".join(f"{tile.buffer.name} {list(tile.shape)}" for _, tile in task.args)
         what = f"task {at} of {self._graph.name} ({task.kernel})"
-        return CoreException(f"{where}: {what} failed: {type(error).__name__}: {error}; its tiles: {tiles}")
+        return CoreException(f"{where}: {what} failed: {type(error).__name__}: {error}; its tiles: {tiles_of(task)}")
+
+
+def tiles_of(task: Task) -> str:
+    """What a task works on, for people."""
+    return ", ".join(f"{tile.buffer.name} {list(tile.shape)}" for _, tile in task.args)
+
+
+def from_token(task: Task) -> str:
+    """Where in its window a task works, if that is cut into tiles of tokens."""
+    first = dict(task.settings).get("first_token")
+    return "" if first is None else f", from token {first} of the window"
+
+
+def _weight_bytes(task: Task, given: Mapping[str, Any]) -> int:
+    """Of the weights of a linear; 0 for tiles of later tokens, which find them in a cache."""
+    if task.kernel != "linear" or dict(task.settings).get("first_token", 0):
+        return 0
+    _, weight = task.args[1]
+    matrix = given.get(weight.buffer.name)
+    if isinstance(matrix, Int8Matrix):
+        return matrix.nbytes * weight.shape[0] // matrix.shape[0]
+    return nbytes(weight.buffer.dtype, weight.shape)
 
 
 def _incore(incore: InCore) -> Kernel:
@@ -190,13 +219,14 @@ def _fixed(buffer: Buffer, given: Mapping[str, Tensor], fixed: dict[int, Tensor]
     return fixed[buffer.index]
 
 
-def _view(tile: Tile, memory: Tensor) -> Tensor:
+def _view(tile: Tile, memory: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
     """The tensor of a tile. Packed weights are opaque: some of their rows are packed once more."""
     if tile.is_whole or memory is _NOTHING:
         return memory
-    if memory.is_mkldnn:
+    if isinstance(memory, Int8Matrix) or memory.is_mkldnn:
         first = tile.offset // tile.buffer.shape[1]
-        return packed_rows(memory, first, first + tile.shape[0])
+        last = first + tile.shape[0]
+        return memory.rows(first, last) if isinstance(memory, Int8Matrix) else packed_rows(memory, first, last)
     return memory.as_strided(tile.shape, tile.strides, memory.storage_offset() + tile.offset)
 
 
@@ -204,8 +234,7 @@ def _checking(
     call: Callable[[], Any], values: list[Tensor], task: Task, places: tuple[int, ...], window: Window
 ) -> Callable[[], None]:
     """``call``, and then a look at what it wrote. Rows of a window's padding mean nothing and are not looked at."""
-    settings = dict(task.settings)
-    first = settings.get("first_token")
+    first = dict(task.settings).get("first_token", 0 if task.kernel in _WHOLE_WINDOW else None)
     written = [
         (tile, place)
         for (tag, tile), place in zip(task.args, places, strict=True)
@@ -217,7 +246,7 @@ def _checking(
         for tile, place in written:
             values_written = values[place] if first is None else values[place][: max(0, window.count - int(first))]
             if torch.isnan(values_written).any():
-                raise FloatingPointError(f"it wrote NaN to a tile of {tile.buffer.name}")
+                raise FloatingPointError(f"it wrote NaN to a tile of {tile.buffer.name}{from_token(task)}")
 
     return checked
 

@@ -6,7 +6,8 @@ A kernel on a tile of tokens is told which by ``first_token``. What it computes 
 others of the window (``kernels/numerics.py`` measures on which machines that holds).
 
     rms_norm          x, gamma → h                       x / sqrt(mean(x²) + eps) · gamma, in fp32
-    linear            x, w[, bias][, other] → y          x · wᵀ + bias, then none | silu | mul (by other) | add (other)
+    linear            x, w[, bias][, other] → y          x · wᵀ + bias, then none | silu | mul (by other) | add (other);
+                                                         with w in int8, x · wᵀ is what ``int8`` says, the rest in fp32
     rotary_table      positions → rotary                 (cos, sin) of position · theta^(−2i/d), fp32
     rotate_and_store  qkv, gamma, rotary, slots → q, k_cache, v_cache    head norm, rotation of neighbour pairs, paging
     paged_attention   q, k_cache, v_cache, rows → o      softmax(q · kᵀ / √d) · v over each row's pages, causal
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .int8 import Int8Matrix, multiply
 from .qwen3.rows import RowPlan
 from .torch_attention import AttentionMemory, PagedRow, attend_blocks, attend_singly
 
@@ -116,14 +118,15 @@ class BoundTask:
     """A task with memory: ``values`` holds the tensor of each tile of the graph, ``args`` which of them it works on."""
 
     settings: Mapping[str, Any]
-    values: list[Tensor]
+    values: list[Any]  # tensors, but weights may be an ``Int8Matrix``
     args: tuple[int, ...]
     window: Window
     workspace: Workspace
 
     def tensor(self, position: int) -> Tensor:
         """An argument whose memory stays: bound, or written in place."""
-        return self.values[self.args[position]]
+        found: Tensor = self.values[self.args[position]]
+        return found
 
 
 @attrs.frozen
@@ -173,9 +176,11 @@ _UNARY = {"none": "none", "silu": "swish"}
 
 def _linear(task: BoundTask) -> Callable[[], Tensor]:
     values, epilogue = task.values, task.settings["epilogue"]
-    source, weight = task.args[0], task.tensor(1)
+    source, weight = task.args[0], task.values[task.args[1]]
     bias = task.tensor(2) if task.settings["bias"] else None
     other = task.args[-2]
+    if isinstance(weight, Int8Matrix):
+        return _linear_in_int8(task, weight, bias)
     if weight.is_mkldnn and weight.dim() == 4:
         return _linear_as_convolution(task, weight, bias)
     if weight.is_mkldnn:
@@ -194,6 +199,25 @@ def _linear(task: BoundTask) -> Callable[[], Tensor]:
     if epilogue == "add":
         return lambda: linear(values[source], weight, bias).add_(values[other])
     return lambda: linear(values[source], weight, bias)
+
+
+def _linear_in_int8(task: BoundTask, weight: Int8Matrix, bias: Tensor | None) -> Callable[[], Tensor]:
+    values, source, other, epilogue = task.values, task.args[0], task.args[-2], task.settings["epilogue"]
+
+    def run() -> Tensor:
+        x = values[source]
+        y = multiply(x, weight)
+        if bias is not None:
+            y.add_(bias)
+        if epilogue == "silu":  # in fp64: the last bit of torch's fp32 exponential depends on where a number is
+            y = functional.silu(y.double())
+        elif epilogue == "mul":
+            y.mul_(values[other])
+        elif epilogue == "add":
+            y.add_(values[other])
+        return y.to(x.dtype)
+
+    return run
 
 
 def _linear_as_convolution(task: BoundTask, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:

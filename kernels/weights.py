@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,16 @@ def interleave_halves(tensor: Tensor, head_dim: int) -> Tensor:
 
 
 def load_weights(
-    tensor: TensorSpec, report: Report | None = None, pack: Callable[[Tensor], Any] = pack
+    tensor: TensorSpec,
+    report: Report | None = None,
+    pack: Callable[[Tensor], Any] = pack,
+    found: Iterator[Any] | None = None,
 ) -> tuple[ModelSpec, dict[str, Any]]:
     """Weights of the checkpoint ``tensor.source`` in ``tensor.dtype`` under the names ``graphs`` binds.
 
     ``pack`` makes of an (out, in) matrix what the executor's ``linear`` reads, by default oneDNN's layout; all else are
-    tensors. Raises ``CheckpointError`` if the directory changed since ``tensor.fingerprint`` was taken.
+    tensors. ``found``: what ``pack`` made of each, in the order of ``ModelSpec.matrices``, where that is there already;
+    then no matrix is read. Raises ``CheckpointError`` if the directory changed since ``tensor.fingerprint`` was taken.
     """
     spec = ModelSpec.from_directory(tensor.source, tensor.dtype)
     if tensor.fingerprint not in ("", spec.fingerprint):
@@ -85,11 +90,15 @@ def load_weights(
             f"{tensor.source} has fingerprint {spec.fingerprint[:12]}; expected {tensor.fingerprint[:12]}: its files"
             " are not those the programs were made for"
         )
+
+    def matrix(read: Callable[[], Tensor]) -> Any:
+        return pack(read()) if found is None else next(found)
+
     total, done = float(spec.weights_bytes), 0.0
     weights: dict[str, Any] = {}
     with ExitStack() as opened:
         source = _Source(spec, opened)
-        for name, value in _arranged(spec, source, pack):
+        for name, value in _arranged(spec, source, matrix):
             weights[name] = value
             if report is not None and source.bytes_read > done:
                 done = float(source.bytes_read)
@@ -118,7 +127,9 @@ class _Source:
         return value
 
 
-def _arranged(spec: ModelSpec, source: _Source, pack: Callable[[Tensor], Any]) -> Iterator[tuple[str, Any]]:
+def _arranged(
+    spec: ModelSpec, source: _Source, matrix: Callable[[Callable[[], Tensor]], Any]
+) -> Iterator[tuple[str, Any]]:
     dim = spec.head_dim
     embed = source("model.embed_tokens.weight")
     yield "embed", embed
@@ -130,7 +141,7 @@ def _arranged(spec: ModelSpec, source: _Source, pack: Callable[[Tensor], Any]) -
             return torch.cat([interleave_halves(q, dim), interleave_halves(k, dim), v])
 
         yield ours + "input_norm", source(theirs + "input_layernorm.weight").float()
-        yield ours + "qkv", pack(projection("weight"))
+        yield ours + "qkv", matrix(partial(projection, "weight"))
         if spec.attention_bias:
             yield ours + "qkv_bias", projection("bias")
             yield ours + "o_bias", source(theirs + "self_attn.o_proj.bias").clone()
@@ -138,9 +149,9 @@ def _arranged(spec: ModelSpec, source: _Source, pack: Callable[[Tensor], Any]) -
             interleave_halves(source(f"{theirs}self_attn.{name}_norm.weight").float(), dim) for name in "qk"
         )
         yield ours + "qk_norm", torch.cat([q_norm.expand(spec.num_heads, dim), k_norm.expand(spec.num_kv_heads, dim)])
-        yield ours + "o", pack(source(theirs + "self_attn.o_proj.weight"))
+        yield ours + "o", matrix(partial(source, theirs + "self_attn.o_proj.weight"))
         yield ours + "post_norm", source(theirs + "post_attention_layernorm.weight").float()
         for name in ("gate", "up", "down"):
-            yield ours + name, pack(source(f"{theirs}mlp.{name}_proj.weight"))
+            yield ours + name, matrix(partial(source, f"{theirs}mlp.{name}_proj.weight"))
     yield "final_norm", source("model.norm.weight").float()
-    yield "lm_head", pack(embed if spec.tie_word_embeddings else source("lm_head.weight"))
+    yield "lm_head", matrix(lambda: embed if spec.tie_word_embeddings else source("lm_head.weight"))

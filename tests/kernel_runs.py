@@ -54,10 +54,11 @@ class RunningModel:
         limits: Limits = LIMITS,
         chip: Chip | None = None,
         tiling: Tiling = COARSE,
+        weights: str = "",
     ) -> None:
         self.spec = ModelSpec.from_directory(checkpoint, dtype)
         self.limits = limits
-        self.programs = ModelPrograms.build(self.spec, limits, tiling)
+        self.programs = ModelPrograms.build(self.spec, limits, tiling, weights=weights)
         self.chip = chip or open_chip("cpu:0", 1)
         self.digest = False
         self.dispatches: list[Dispatch] = []

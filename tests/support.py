@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -26,6 +27,22 @@ def our_processes() -> set[int]:
 
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def weight_files(pid: int) -> list[int]:
+    """Inode numbers of the memory files for packed weights that a process has open."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended, or is not ours
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if str(entry.readlink()).startswith("/memfd:chipbus-weights"):
+                    found.append(entry.stat().st_ino)
+    return found
+
+
+def holders(file: int) -> list[int]:
+    """Every process of this machine that has the memory file of that inode number open."""
+    return [pid for pid in psutil.pids() if file in weight_files(pid)]
 
 
 def eventually(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> None:

@@ -1,4 +1,5 @@
-"""What ``bus-run bench`` measures. Nothing here is a test: each prints figures with the machine they hold for.
+"""What ``bus-run bench`` measures, kernels apart. Nothing here is a test: each prints figures with the machine they
+hold for.
 
 Owns: the processes it times, one at a time. Engines to compare run in fine alternation, for machines drift.
 """
@@ -29,13 +30,12 @@ from ..errors import WorkerError
 from .check import table
 from .progress import progress_view
 
-__all__ = ["bus", "engine", "kernel_lines", "kernels", "machine", "start", "worker"]
+__all__ = ["bus", "engine", "machine", "start", "worker"]
 
 _START_TIMEOUT_S = 300.0
 _ROUND_TRIPS = 2000  # per round
 _RUNS = 300  # per round, of an L3 worker
 _FURTHER = 50  # programs of one orchestration
-_KERNEL_WORK = (("decode", 1), ("decode", 4), ("decode", 16), ("prefill", 128), ("prefill", 512), ("prefill", 2048))
 
 
 def machine() -> str:
@@ -118,49 +118,6 @@ def _run(command: Sequence[str]) -> None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise WorkerError(f"{' '.join(command[1:])} ended with exit code {done.returncode}: {last}")
-
-
-def kernels(checkpoint: Path, *, rounds: int, threads: int | None) -> None:
-    """Print tokens per second of a checkpoint's programs on one chip in this process, without bus and actors.
-
-    Beside each, the part of what the machine allows: reading every weight once, and the products at the speed of the
-    fastest one, both measured in the same rounds.
-    """
-    from ..kernels.bench import KernelBench
-
-    chosen = _threads(threads)
-    running = KernelBench(checkpoint, chosen)
-    works = [work for work in _KERNEL_WORK if work[1] <= running.context]
-    took: dict[tuple[str, int], list[float]] = {work: [] for work in works}
-    reached: dict[tuple[str, int], list[float]] = {work: [] for work in works}
-    try:
-        for number in range(rounds + 1):  # the first warms up
-            roofline = running.roofline()
-            for name, size in works:
-                seconds = running.decode(size) if name == "decode" else running.prefill(size)
-                if number:
-                    took[name, size].append(size / seconds)
-                    reached[name, size].append(100 * roofline.fraction(name, size, seconds))
-    finally:
-        running.close()
-    click.echo(f"{machine()}; {checkpoint}, bfloat16, {chosen} threads, {rounds} rounds")
-    click.echo(f"last round: {roofline.read_bytes_per_s / 1e9:.1f} GB/s, {roofline.flop_per_s / 1e12:.2f} TFLOP/s")
-    rows: dict[str, tuple[Sequence[float], str]] = {}
-    for name, size in works:
-        rows[f"{name} {size}"] = (took[name, size], "tok/s")
-        rows[f"{name} {size}, of the roofline"] = (reached[name, size], "%")
-    _print_rows(rows)
-
-
-def kernel_lines(checkpoint: Path, *, threads: int | None) -> None:
-    """Serve the two-line protocol by which engines are compared in fine alternation."""
-    from ..kernels.bench import line_server
-
-    line_server(checkpoint, _threads(threads))
-
-
-def _threads(given: int | None) -> int:
-    return given or len(os.sched_getaffinity(0))
 
 
 def bus(rounds: int) -> None:

@@ -11,6 +11,7 @@ from ..actors.config import EngineConfig
 from ..actors.plan import EnginePlan, plan_engine
 from ..actors.text import TextModel
 from ..kernels.memory import available_bytes
+from ..kernels.native.shapes import engine_of
 
 __all__ = ["check", "described", "table"]
 
@@ -18,16 +19,24 @@ __all__ = ["check", "described", "table"]
 def check(config: EngineConfig, *, numerics: bool = False) -> str:
     """Validate and describe; raises the ``ConfigError`` an engine with these settings would raise.
 
-    ``numerics``: run the kernels at the model's shapes, and tell which of them keep a token's bits in every batch.
+    ``numerics``: run the kernels at the model's shapes, and tell which of them keep a token's bits in every batch; and
+    how far int8 weights, if asked for, move the logits.
     """
     plan = plan_engine(config)
     TextModel(plan.model_dir)  # the plan reads no tokenizer; a tokenizer actor would refuse a broken one at start
     told = described(plan, available_bytes())
     if not numerics:
         return told
-    from ..kernels.numerics import Widths, probe_classes  # imports torch
+    from ..kernels.accuracy import compare_logits  # imports torch
+    from ..kernels.numerics import Widths, probe_classes
 
-    return f"{told}\n\n{probe_classes(config.dtype, plan.threads, Widths.of(plan.spec))}"
+    isa = "none" if engine_of(plan.spec, plan.weights).startswith("torch") else ""  # what will serve, no other
+    found: list[object] = [
+        probe_classes(config.dtype, plan.threads, Widths.of(plan.spec), weights=plan.weights, isa=isa)
+    ]
+    if plan.weights:
+        found.append(compare_logits(plan.spec, plan.weights, plan.threads))
+    return "\n\n".join([told, *map(str, found)])
 
 
 def described(plan: EnginePlan, available: int) -> str:
@@ -41,13 +50,17 @@ def described(plan: EnginePlan, available: int) -> str:
         counts = [limits.num_pages, limits.num_pages * limits.page_size]
         return (*(f"{copies * count:,}" for count in counts), *(_mib(copies * size) for size in sizes))
 
+    kept = f", {plan.weights} weights," if plan.weights else ""
+    served = engine_of(spec, plan.weights)
+    engines = dict.fromkeys(served if chip.device.kind == "cpu" else chip.device.kind for chip in plan.topology.chips)
     head = ("replica", "chip", "device", "KV pages", "KV tokens", "weights", "KV memory", "buffers", "total")
     rows = [(place.name, chip.name, str(chip.device), *budget(1)) for place in replicas for chip in place.chips]
     rows.append(("all", "", "", *budget(len(replicas))))
     lines = [
         f"model      {plan.model_dir}",
         f"           {spec.num_layers} layers, {spec.vocab_size:,} token ids, fingerprint {spec.fingerprint[:16]}",
-        f"computed   in {spec.dtype} with {plan.threads} threads per chip",
+        f"computed   in {spec.dtype}{kept} with {plan.threads} threads per chip",
+        f"engine     {', '.join(engines)}",
         f"context    {plan.max_model_len:,} tokens",
         f"step       at most {limits.max_num_seqs} requests, {limits.max_num_batched_tokens:,} tokens, per replica",
         f"KV page    {limits.page_size} tokens, {_mib(plan.page_bytes)}",

@@ -189,6 +189,8 @@ def _lines(run: RunGraph, title: str) -> Iterable[str]:
         f"critical path  {len(path.tasks):,} tasks, {path.length_ns / 1e6:,.3f} ms of {run.wall_ns / 1e6:,.3f} ms"
         f" from first begin to last end"
     )
+    if run.clock == "wall":
+        yield f"busy           {_busy(run)}"
     yield ""
     took: Counter[str] = Counter()
     for task in run.tasks:
@@ -203,6 +205,15 @@ def _lines(run: RunGraph, title: str) -> Iterable[str]:
     yield table(("kernel", "tasks", "on the path", "ms", "%"), rows, numbers_from=1)
     yield ""
     yield from _ring_lines(run)
+
+
+def _busy(run: RunGraph) -> str:
+    """Of the time from first begin to last end, what each core spent in tasks."""
+    took: Counter[str] = Counter()
+    for task in run.tasks:
+        took[task.lane] += task.duration_ns
+    cores = sorted(took.items(), key=lambda item: (len(item[0]), item[0]))  # core.10 after core.9
+    return ", ".join(f"{lane} {100 * ns / max(run.wall_ns, 1):.0f} %" for lane, ns in cores)
 
 
 def _ring_lines(run: RunGraph) -> Iterable[str]:

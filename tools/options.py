@@ -35,13 +35,14 @@ Command = Callable[..., Any]
 
 
 def engine_options(command: Command) -> Command:
-    """Add MODEL, one flag per setting, ``--config`` and ``--print-config`` to a command."""
+    """Add MODEL, one flag per setting (of a boolean without a value), ``--config`` and ``--print-config``."""
     for field in reversed(attrs.fields(EngineConfig)):
         if field.name != "model":
-            command = click.option(
-                *flag_names(field.name), f"setting_{field.name}", metavar=_METAVARS[value_type(field.name)],
-                help=_engine_help(field),
-            )(command)  # fmt: skip
+            kind = value_type(field.name)
+            takes: dict[str, Any] = {"flag_value": "true"} if kind is bool else {"metavar": _METAVARS[kind]}
+            command = click.option(*flag_names(field.name), f"setting_{field.name}", help=_engine_help(field), **takes)(
+                command
+            )
     command = click.option("--print-config", is_flag=True, help="Print every setting with its source, and stop.")(
         command
     )
@@ -66,11 +67,13 @@ def resolved_from(options: dict[str, Any]) -> Resolved:
 
 def _engine_help(field: attrs.Attribute[Any]) -> str:
     text = str(field.metadata["help"])
-    return text if field.default is None else f"{text}  [default: {plain(field.default)}]"
+    return text if field.default is None or field.default is False else f"{text}  [default: {plain(field.default)}]"
 
 
 def plain(value: object) -> str:
-    """A default as a person writes it: 300, not 300.0."""
+    """A default as a person writes it: 300, not 300.0, and false."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,6 +1,6 @@
 """A record as a person or a program reads it: one row per entry, decoded, and filtered by request or kind.
 
-Owns: nothing; it walks a record once, in order of time.
+Owns: nothing; it walks a record in order of time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import attrs
 
 from ..bus import Entry
 from ..errors import ConfigError
-from ..kernels.dispatch import Arg, Completion, Dispatch
+from ..kernels.dispatch import Arg, Completion, Dispatch, Usage
 from ..kernels.program import Direction, Param, Program, TensorSpec
 from .replay import LedgerFile, Record, decode_field, merged_entries
 
-__all__ = ["Row", "rows", "summary", "summary_lines"]
+__all__ = ["ProgramUse", "Row", "programs", "rows", "summary", "summary_lines"]
 
 _SHORT = 8  # hex digits of an id that a person compares by eye
 
@@ -41,14 +41,61 @@ class Row:
         return {**place, "kind": self.kind, **self.facts}
 
 
+@attrs.frozen(kw_only=True)
+class ProgramUse:
+    """All launches of one program on all chips: how long they took, and what their graphs took of the chip."""
+
+    program: str
+    launches: int
+    device_ns: int
+    usage: Usage
+
+    def __str__(self) -> str:
+        count = f"{self.launches:,} launch{'es' * (self.launches > 1)} of"
+        return f"{self.program}: {count} {self.device_ns / self.launches / 1e6:,.3f} ms{_rates(self.usage)}"
+
+
+def programs(record: Record) -> list[ProgramUse]:
+    """Of every program that was launched, in the order of their first launches."""
+    names: dict[bytes, str] = {}
+    uses: dict[str, ProgramUse] = {}
+    for ledger, entry in merged_entries(record):
+        if entry.kind == "register":
+            program = decode_field(ledger, entry, "program", Program)
+            names[program.digest] = program.name
+        elif entry.kind == "dispatch":
+            digest = decode_field(ledger, entry, "dispatch", Dispatch).program
+            name = names.get(digest, digest.hex()[:_SHORT])
+            done = decode_field(ledger, entry, "completion", Completion)
+            so_far = uses.get(name, ProgramUse(program=name, launches=0, device_ns=0, usage=Usage()))
+            uses[name] = attrs.evolve(
+                so_far,
+                launches=so_far.launches + 1,
+                device_ns=so_far.device_ns + done.device_ns,
+                usage=so_far.usage + done.usage,
+            )
+    return list(uses.values())
+
+
+def _rates(usage: Usage) -> str:
+    """What a usage comes to per second of its kernels, and how busy each core was; empty if nothing was counted."""
+    if not usage.run_ns:
+        return ""
+    seconds = usage.run_ns / 1e9
+    read = f", {usage.bytes_read / seconds / 1e9:,.1f} GB/s read" if usage.bytes_read else ""
+    busy = " ".join(f"{100 * share:.0f}" for share in usage.busy_shares)
+    return f"; in kernels {usage.tasks / seconds:,.0f} tasks/s{read}, cores {busy} % busy"
+
+
 def summary(record: Record) -> dict[str, Any]:
-    """The run in a nutshell: manifest, and each ledger's size and state."""
+    """The run in a nutshell: manifest, each ledger's size and state, and what each program took."""
     manifest = attrs.asdict(record.manifest)
     ledgers = [
         {"actor": ledger.name, "incarnation": ledger.incarnation, "torn": ledger.is_torn, "entries": dict(ledger.kinds)}
         for ledger in record.ledgers
     ]
-    return {"directory": str(record.directory), **manifest, "ledgers": ledgers}
+    used = [attrs.asdict(use) for use in programs(record)]
+    return {"directory": str(record.directory), **manifest, "ledgers": ledgers, "programs": used}
 
 
 def summary_lines(record: Record) -> list[str]:
@@ -66,7 +113,7 @@ def summary_lines(record: Record) -> list[str]:
     for ledger in record.ledgers:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.kinds.items())) or "nothing"
         lines.append(f"ledger    {ledger.title}: {kinds}{'; no end marker' if ledger.is_torn else ''}")
-    return lines
+    return lines + [f"program   {use}" for use in programs(record)]
 
 
 def rows(record: Record, *, request: str | None = None, kind: str | None = None) -> Iterator[Row]:
@@ -194,6 +241,7 @@ def _dispatch(ledger: LedgerFile, entry: Entry, programs: Mapping[bytes, Program
         "step_id": dispatch.step_id,
         "program": name,
         "device_ns": completion.device_ns,
+        "usage": attrs.asdict(completion.usage),
         "arguments": given,
         "digests": dict(zip(written, digests, strict=False)) if written else digests,
     }

@@ -110,19 +110,37 @@ def bench() -> None:
 
 
 @bench.command("kernels", context_settings=HELP)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--line-server", is_flag=True, help="print 'ready', then answer 'decode B' and 'prefill T' with seconds")
+@click.argument("model", default="demo")
+@click.option(
+    "--line-server", is_flag=True,
+    help="print 'ready', then answer 'decode B', 'decode B CONTEXT' and 'prefill T' with seconds",
+)  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="compute threads; default: all cores")
+@click.option("--weights", type=click.Choice(["int8"]), help="keep matrices in it; default: bfloat16")
+@click.option(
+    "--isa", type=click.Choice(["amx", "avx512bf16", "avx512", "avx2", "none"]),
+    help="kernels of the native engine, 'none' for torch; default: the best this processor has",
+)  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="measured; one more goes before")
+@click.option("--trace", "trace_file", type=_FILE, help="write a decode step and a prefill for ui.perfetto.dev")
 @with_traceback
-def bench_kernels(checkpoint: Path, line_server: bool, threads: int | None, rounds: int) -> None:
-    """Tokens per second of CHECKPOINT's programs on one cpu chip in this process, without bus and actors."""
-    from .benchmarks import kernel_lines, kernels
+def bench_kernels(
+    model: str,
+    line_server: bool,
+    threads: int | None,
+    weights: str | None,
+    isa: str | None,
+    rounds: int,
+    trace_file: Path | None,
+) -> None:
+    """Speed of MODEL's programs on one cpu chip in this process, without bus and actors; a directory or 'demo'."""
+    from .kernel_bench import Settings, kernel_lines, kernels
 
+    settings = Settings(model=model, threads=threads, weights=weights or "", isa=isa or "")
     if line_server:
-        kernel_lines(checkpoint, threads=threads)
+        kernel_lines(settings)
     else:
-        kernels(checkpoint, rounds=rounds, threads=threads)
+        kernels(settings, rounds=rounds, trace=trace_file)
 
 
 @bench.command("engine", context_settings=HELP)

@@ -34,8 +34,11 @@ RESERVED_PREFIX = "CHIPBUS_RING_"
 """Ring sizes, resolved per dispatch by the kernels and not here."""
 
 _TYPES = typing.get_type_hints(EngineConfig)
-_RULES: dict[type, str] = {int: "an integer", float: "a number", str: "text", Path: "a path"}
+_RULES: dict[type, str] = {
+    bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path",
+}  # fmt: skip
 _NUMBERS = (int, float)
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @attrs.frozen
@@ -46,13 +49,15 @@ class Setting:
     """
 
     name: str
-    value: str | int | float | Path | None
+    value: str | bool | int | float | Path | None
     source: str
 
     def as_toml(self) -> str:
         """``name = value``; None becomes a comment, for TOML has no null."""
         if self.value is None:
             return f"# {self.name} is not set"
+        if isinstance(self.value, bool):
+            return f"{self.name} = {str(self.value).lower()}"
         if isinstance(self.value, _NUMBERS):
             return f"{self.name} = {self.value!r}"
         return f"{self.name} = {_toml_string(str(self.value))}"
@@ -111,7 +116,7 @@ def flag_names(name: str) -> tuple[str, ...]:
 
 
 def value_type(name: str) -> type:
-    """``int``, ``float``, ``str`` or ``Path``: the type of a setting's value, besides None."""
+    """``bool``, ``int``, ``float``, ``str`` or ``Path``: the type of a setting's value, besides None."""
     return _without_none(_TYPES[name])
 
 
@@ -120,8 +125,8 @@ def parse_text(subject: str, kind: type, text: str) -> Any:
     try:
         if kind in _NUMBERS and (text != text.strip() or "_" in text):
             raise ValueError(text)  # int() and float() would take " 1_0 "
-        return kind(text)
-    except ValueError:
+        return _TRUTHS[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
         raise ConfigError(f"{subject} is {text!r}; it must be {_RULES[kind]}") from None
 
 
@@ -152,7 +157,7 @@ def _check_typed(subject: str, name: str, value: Any) -> Any:
         return float(value)
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ConfigError(f"{subject} is {value!r}; it must be {_RULES[kind]}")
     return value
 

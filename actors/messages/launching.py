@@ -137,6 +137,7 @@ class ChipReport:
     committed_bytes: int  # of resident tensors and weights, scratch included, as of the last command that ended
     running: str  # the command or dispatch on the compute thread; empty: idle
     running_s: float
+    engine: str = ""  # what computes the programs of its model, see ``Chip.engine``; empty: it has no weights
 
 
 @message(0x030D, lane=Lane.WORK)

@@ -11,7 +11,10 @@ __all__ = ["Exited", "FromWarden", "Leave", "Preloaded", "SpawnChild", "SpawnRef
 
 
 class SpawnChild(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Supervisor to warden, with the read end of the child's tether: fork the child of this name."""
+    """Supervisor to warden, with the read end of the child's tether: fork the child of this name.
+
+    With a second descriptor, of a memory file, if the child keeps weights.
+    """
 
     name: str
     incarnation: int

@@ -3,7 +3,7 @@
 Owns nothing, no torch. ``RunGraph`` is the record; everything else reads one.
 """
 
-from .captured import run_of_capture, run_of_launch, with_times
+from .captured import run_of_capture, run_of_launch, run_of_launches, with_times
 from .critical_path import CriticalPath, critical_path, scheduled
 from .dump import DUMP_LEVELS, DumpedArg, DumpLevel, dump_arguments
 from .graph_picture import to_graph_svg
@@ -39,6 +39,7 @@ __all__ = [
     "run_graph_from_json",
     "run_of_capture",
     "run_of_launch",
+    "run_of_launches",
     "scheduled",
     "to_graph_svg",
     "to_json",

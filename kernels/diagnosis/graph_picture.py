@@ -211,12 +211,12 @@ def _node(
 
 def _distinction(graph: RunGraph, task: int) -> tuple[str, str]:
     """What tells tasks of one kernel apart: name and shape of what one writes first, or where it ran, of several."""
-    lanes = {other.lane for other in graph.tasks}
+    lanes = {other.lane for other in graph.tasks if not other.lane.startswith("core.")}  # which core is an accident
     for operand in graph.tasks[task].operands:
         if operand.tag.writes:
-            name = graph.memory[operand.memory].name if len(lanes) == 1 else graph.tasks[task].lane
+            name = graph.memory[operand.memory].name if len(lanes) < 2 else graph.tasks[task].lane
             return name, str(list(operand.shape))
-    return "" if len(lanes) == 1 else graph.tasks[task].lane, ""
+    return "" if len(lanes) < 2 else graph.tasks[task].lane, ""
 
 
 def _cut(words: str, length: int) -> str:

@@ -1,4 +1,4 @@
-"""A run as a swimlane for chrome://tracing and ui.perfetto.dev: one row per lane, an arrow per edge.
+"""Runs as swimlanes for chrome://tracing and ui.perfetto.dev: one row per lane, an arrow per edge.
 
 Owns nothing. The form is the JSON object of the Trace Event Format: complete events ("X") for tasks, flow events
 ("s" and "f" of one id) for edges, metadata ("M") for names. Times in it are microseconds.
@@ -16,29 +16,41 @@ from .run_graph import RunGraph, RunTask
 
 __all__ = ["to_trace_events"]
 
-_PROCESS = 1  # the one process of the picture: the run
 _NUMBER = re.compile(r"(\d+)")
 
 
-def to_trace_events(graph: RunGraph) -> bytes:
-    """JSON of the tasks that were timed. Tasks of one lane that overlap are spread over rows "lane", "lane (2)" …"""
-    path = critical_path(graph)
+def to_trace_events(*graphs: RunGraph) -> bytes:
+    """JSON of the tasks that were timed, each run a process of its own whose time begins at 0.
+
+    Tasks of one lane that overlap are spread over rows "lane", "lane (2)" …
+    """
+    events: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    arrow = 1  # ids of arrows hold over all processes
+    for process, graph in enumerate(graphs, start=1):
+        path = critical_path(graph)
+        events += _events(graph, path, process, arrow)
+        arrow += len(graph.edges)
+        runs.append({"run": graph.name, "critical_path_us": _us(path.length_ns), "errors": graph.errors})
+    return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ns", "otherData": {"runs": runs}})
+
+
+def _events(graph: RunGraph, path: CriticalPath, process: int, first_arrow: int) -> list[dict[str, Any]]:
     rows = _rows(graph)
     names = sorted(set(rows.values()), key=lambda row: (_natural(row[0]), row[1]))
     threads = {row: number for number, row in enumerate(names, start=1)}
-    events: list[dict[str, Any]] = [_named("process_name", 0, name=f"{graph.name} ({graph.clock} clock)")]
+    events = [_named("process_name", 0, name=f"{graph.name} ({graph.clock} clock)")]
     for (lane, copy), thread in threads.items():
         events.append(_named("thread_name", thread, name=f"{lane} ({copy})" if copy > 1 else lane))
         events.append(_named("thread_sort_index", thread, sort_index=thread))
     for index, row in rows.items():
         events.append(_slice(graph, index, threads[row], path))
-    for number, edge in enumerate(graph.edges, start=1):
+    for number, edge in enumerate(graph.edges, start=first_arrow):
         if edge.before in rows and edge.after in rows:
             flow = {
                 "name": ", ".join(reason.value for reason in edge.reasons) or "dependency",
                 "cat": "dependency",
                 "id": number,
-                "pid": _PROCESS,
             }
             # An arrow belongs to the slice that is open at its time, so it leaves just before its slice ends.
             task = graph.tasks[edge.before]
@@ -46,8 +58,7 @@ def to_trace_events(graph: RunGraph) -> bytes:
             enters = _us(_begin(graph.tasks[edge.after]))
             events.append({"ph": "s", **flow, "tid": threads[rows[edge.before]], "ts": leaves})
             events.append({"ph": "f", "bp": "e", **flow, "tid": threads[rows[edge.after]], "ts": enters})
-    other = {"critical_path_us": _us(path.length_ns), "errors": graph.errors}
-    return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ns", "otherData": other})
+    return [{**event, "pid": process} for event in events]
 
 
 def _rows(graph: RunGraph) -> dict[int, tuple[str, int]]:
@@ -72,7 +83,7 @@ def _slice(graph: RunGraph, index: int, thread: int, path: CriticalPath) -> dict
     if task.error:
         facts["error"] = task.error
     return {
-        "ph": "X", "name": task.label, "cat": "task,critical" if index in path.tasks else "task", "pid": _PROCESS,
+        "ph": "X", "name": task.label, "cat": "task,critical" if index in path.tasks else "task",
         "tid": thread, "ts": _us(_begin(task)), "dur": _us(task.duration_ns), "args": facts,
     }  # fmt: skip
 
@@ -84,7 +95,7 @@ def _shown(graph: RunGraph, index: int, at: int) -> str:
 
 
 def _named(kind: str, thread: int, **facts: Any) -> dict[str, Any]:
-    return {"ph": "M", "name": kind, "pid": _PROCESS, "tid": thread, "args": facts}
+    return {"ph": "M", "name": kind, "tid": thread, "args": facts}
 
 
 def _begin(task: RunTask) -> int:

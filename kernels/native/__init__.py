@@ -5,7 +5,8 @@ Owns nothing; the extension module ``chipbus.kernels._native`` is looked for whe
 
     task.h      a task, a window                cores.h     threads, ready queue, counters
     kernels.inl what tasks compute, once        vector_*.h  sixteen floats, per instruction set
-    kernels_*   one file per instruction set    packing.h   weights in panels       module.cpp  the Python binding
+    kernels_*   one file per instruction set    packing.h   weights in panels       mapping.h   their memory
+                                                search.h    largest logits          module.cpp  the Python binding
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #if defined(__x86_64__)
 #define CHIPBUS_PAUSE() __builtin_ia32_pause()
@@ -87,10 +88,17 @@ Graph::Graph(std::vector<Task> tasks, std::vector<int32_t> successors) : tasks_(
 
 Cores::Cores(int threads, const KernelSet& kernels) : kernels_(kernels) {
     for (int core = 0; core < threads; ++core) cores_.push_back(std::make_unique<Core>());
-    for (int32_t core = 1; core < threads; ++core) threads_.emplace_back([this, core] { live(core); });
+    try {
+        for (int32_t core = 1; core < threads; ++core) threads_.emplace_back([this, core] { live(core); });
+    } catch (...) {  // no more threads to be had
+        end_threads();
+        throw;
+    }
 }
 
-Cores::~Cores() {
+Cores::~Cores() { end_threads(); }
+
+void Cores::end_threads() {
     is_over_.store(true);
     turn_.fetch_add(1);
     turn_.notify_all();
@@ -137,6 +145,7 @@ int32_t Cores::run(Graph& graph, const Window& window, bool check, const Timelin
     given_.store(given);
     failed_.store(-1);
     together([&](Core& core, int32_t number) { run_tasks(core, number, graph, window, check, timeline); });
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     return failed_.load();
 }
 
@@ -157,9 +166,13 @@ void Cores::run_tasks(Core& core, int32_t number, Graph& graph, const Window& wi
         const Task& task = graph.tasks_[static_cast<size_t>(at)];
         const int64_t begin = timeline != nullptr ? now_ns() : 0;
         if (failed_.load(std::memory_order_relaxed) < 0) {
-            kernels_.run[task.kernel](task, window, core.scratch);
             int32_t none = -1;
-            if (check && holds_nan(task, window)) failed_.compare_exchange_strong(none, at);
+            try {
+                kernels_.run[task.kernel](task, window, core.scratch);
+                if (check && holds_nan(task, window)) failed_.compare_exchange_strong(none, at);
+            } catch (...) {  // no memory; the other cores still wait for the tasks after this one
+                if (failed_.compare_exchange_strong(none, at)) error_ = std::current_exception();
+            }
         }
         if (timeline != nullptr) {
             timeline->begins[at] = begin;
@@ -171,7 +184,9 @@ void Cores::run_tasks(Core& core, int32_t number, Graph& graph, const Window& wi
             const int32_t after = graph.successors_[static_cast<size_t>(next)];
             if (graph.waits_[static_cast<size_t>(after)].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
             std::atomic<int32_t>& free = graph.ready_[static_cast<size_t>(given_.fetch_add(1, std::memory_order_relaxed))];
-            free.store(after, std::memory_order_release);
+            // Not only released: libstdc++'s notify_one reads whether anyone waits, and on x86 that read may overtake a
+            // plain store. The waiter would see neither the value nor the call, and sleep for ever.
+            free.store(after, std::memory_order_seq_cst);
             free.notify_one();
         }
     }

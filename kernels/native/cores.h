@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <thread>
@@ -44,14 +45,16 @@ struct CoreCounters {
 
 class Cores {
   public:
-    // The caller of ``run`` is core 0; ``threads`` - 1 more are started now and joined by the destructor.
+    // The caller of ``run`` is core 0; ``threads`` - 1 more are started now and joined by the destructor. Throws
+    // std::system_error if there are no more threads to be had.
     Cores(int threads, const KernelSet& kernels);
     ~Cores();
     Cores(const Cores&) = delete;
     Cores& operator=(const Cores&) = delete;
 
     // Every task once, each after its predecessors. With ``check``, a task whose output holds a NaN ends the run: its
-    // index is returned, and tasks not yet begun are skipped. Else -1. One caller at a time.
+    // index is returned, and tasks not yet begun are skipped. Else -1. One caller at a time. Throws std::bad_alloc if a
+    // task found no memory.
     int32_t run(Graph& graph, const Window& window, bool check, const Timeline* timeline);
 
     // ``job(index)`` for each index below ``count``, on all cores.
@@ -69,6 +72,7 @@ class Cores {
 
     void together(const std::function<void(Core&, int32_t)>& job);
     void live(int32_t core);
+    void end_threads();
     void run_tasks(Core& core, int32_t number, Graph& graph, const Window& window, bool check, const Timeline* timeline);
 
     const KernelSet& kernels_;
@@ -86,6 +90,7 @@ class Cores {
     alignas(128) std::atomic<int32_t> taken_{0};
     alignas(128) std::atomic<int32_t> given_{0};
     alignas(128) std::atomic<int32_t> failed_{-1};
+    std::exception_ptr error_;  // what task ``failed_`` threw, written by the core that made it so
 };
 
 // Whether any value a task has written in real rows of its output is NaN. Caches are not looked at: their rows are

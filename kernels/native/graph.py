@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import CoreException, KernelError
-from ..graph import Buffer, Task, TaskGraph, Tile
+from ..graph import Buffer, Tag, Task, TaskGraph, Tile
 from ..program import DTYPE_BYTES
 from ..qwen3.rows import RowPlan
-from ..torch_executor import HeapArenas
+from ..torch_executor import HeapArenas, from_token, tiles_of
 from ..torch_kernels import rotary_frequencies
 from . import library
 from .weights import FORMATS, PackedMatrix
@@ -102,8 +102,8 @@ class NativeGraph:
         assert _TASK.itemsize == library.TASK_BYTES
         self.window = NativeWindow(graph)
         self.uses_heap = any(buffer.place is not None for buffer in graph.buffers)
-        self.weight_bytes = 0
-        """Read from packed matrices in every run."""
+        self.tasks = len(graph.tasks)
+        self.weight_bytes = 0  # scales of int8 matrices included
         self._cores = cores
         self._graph = graph
         self._check = check_numerics
@@ -118,6 +118,10 @@ class NativeGraph:
             _FILL[task.kernel](self, task, dict(task.settings), record)
         tasks["next_begin"], tasks["next_end"], successors = _successors(graph)
         self._run = library.Graph(tasks.view(np.uint8), successors)
+
+    def busy_ns(self) -> tuple[int, ...]:
+        """See ``Executor.busy_ns``: of all graphs on these cores."""
+        return tuple(busy for _, busy in self._cores.counters())
 
     def run(self, where: str) -> None:
         """Every task once, each after its predecessors.
@@ -182,11 +186,10 @@ class NativeGraph:
 def nan_found(where: str, graph: TaskGraph, at: int) -> str:
     """What ``--check-numerics`` says of a task whose output holds a NaN."""
     task = graph.tasks[at]
-    _, tile = task.args[-1]
-    first = dict(task.settings).get("first_token", 0)
+    output = next(tile for tag, tile in task.args if tag is Tag.OUTPUT)
     return (
-        f"{where}: task {at} of {graph.name} ({task.kernel}) wrote NaN to a tile of {tile.buffer.name}, shape"
-        f" {list(tile.shape)}, from token {first} of the window; inputs of the task hold the cause, or its weights"
+        f"{where}: task {at} of {graph.name} ({task.kernel}) wrote NaN to a tile of {output.buffer.name}"
+        f"{from_token(task)}; its tiles: {tiles_of(task)}"
     )
 
 
@@ -251,12 +254,14 @@ def _linear(graph: NativeGraph, task: Task, settings: Mapping[str, Any], record:
     if settings["epilogue"] in ("mul", "add"):
         graph.point(record, 3, tiles[-2])
     graph.point(record, 4, y)
+    read = matrix.panel_bytes
     if matrix.format == "int8":
         scales = 4 * library.PANEL * -(-x.shape[1] // library.GROUP)
+        read += 2 * scales
         args[5]["data"], args[5]["stride"] = matrix.scales + panel * scales, scales
         args[6]["data"], args[6]["stride"] = matrix.sums + panel * scales, scales
     if record["first"] == 0:  # other tiles of tokens find it in the cache
-        graph.weight_bytes += matrix.panel_bytes * -(-w.shape[0] // library.PANEL)
+        graph.weight_bytes += read * -(-w.shape[0] // library.PANEL)
 
 
 def _rotate_and_store(graph: NativeGraph, task: Task, settings: Mapping[str, Any], record: Any) -> None:

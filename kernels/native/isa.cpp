@@ -37,8 +37,38 @@ bool request_amx() {
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// Whether the tiles multiply as the manual says, on whole numbers whose sums are exact in any order. Hypervisors and
+// kernels have been wrong about AMX; a chip that is not sure computes with AVX-512 instead.
+bool tiles_agree() {
+    constexpr int kRows = 17, kInner = 96;
+    static uint16_t x[kRows * kInner], w[kInner * kPanel], found[kRows * kPanel], expected[kRows * kPanel];
+    const auto small = [](int number) {  // a whole number from -4 to 4, as bf16
+        const float value = static_cast<float>(number * 7 % 9 - 4);
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        return static_cast<uint16_t>(bits >> 16);
+    };
+    for (int i = 0; i < kRows * kInner; ++i) x[i] = small(i);
+    for (int i = 0; i < kInner * kPanel; ++i) w[i] = small(i + i / 64);
+    Task task{};
+    task.dtype = kBfloat16;
+    task.rows = kRows;
+    task.columns = kPanel;
+    task.inner = kInner;
+    task.settings[2] = kWeightsBfloat16;
+    task.args[0] = {reinterpret_cast<char*>(x), 2 * kInner};
+    task.args[1] = {reinterpret_cast<char*>(w), 2 * kInner * kPanel};
+    Scratch scratch;
+    const Window window{kRows, 0, 0};
+    task.args[4] = {reinterpret_cast<char*>(expected), 2 * kPanel};
+    kEmulatedAmxKernels.run[kLinear](task, window, scratch);
+    task.args[4].data = reinterpret_cast<char*>(found);
+    kAmxKernels.run[kLinear](task, window, scratch);
+    return std::memcmp(found, expected, sizeof found) == 0;
+}
+
 bool has_amx() {
-    static const bool granted = request_amx();
+    static const bool granted = request_amx() && tiles_agree();
     return granted;
 }
 
@@ -56,7 +86,7 @@ const KernelSet* find_kernels(const char* name, const char** why) {
         const char* why;
     };
     static const Level levels[] = {
-        {&kAmxKernels, has_amx, "this processor or this kernel has no AMX tiles for bfloat16"},
+        {&kAmxKernels, has_amx, "this processor or its kernel has no AMX tiles for bfloat16, or they multiply wrongly"},
         {&kAvx512Bf16Kernels, has_avx512_bf16, "this processor has no AVX-512 with BF16 and VNNI"},
         {&kAvx512Kernels, has_avx512, "this processor has no AVX-512 (F, BW, VL, DQ)"},
         {&kAvx2Kernels, has_avx2, "this processor has no AVX2 with FMA"},

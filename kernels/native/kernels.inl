@@ -4,8 +4,6 @@
 // shares its task: sums over inputs run in the order of the inputs, one accumulator per output; keys are attended in
 // blocks that begin at multiples of kKeyBlock, always whole, for one query or for many.
 
-constexpr int kMaxRows = 16;  // of one register block, of any instruction set
-
 inline void add_lanes(float* lanes) {
     for (int width = 8; width; width /= 2)
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
@@ -78,20 +76,24 @@ inline int real_rows(const Task& task, int count) {
 
 // ---- products of rows and packed panels -----------------------------------------------------------------------------
 
-constexpr int64_t kPrefetch = 4096;  // bytes ahead in a panel; measured
+// Weights arrive from memory at the pace of the cores' arithmetic only if their lines are asked for well before and
+// evenly. Rows are taken in strips, a strip's inputs in chunks; while a chunk is multiplied the next one is fetched.
+constexpr int kStripRows = 48;
+constexpr int64_t kPrefetch = 4096;   // bytes ahead where one block of rows is all there is
+constexpr int64_t kChunkSteps = 512;  // 128 KiB of a panel: this chunk and the next one fit the second-level cache
 
-// rows × kColumnVectors × 16 columns of a panel: out (rows, kPanel) = x · w, or out += x · w.
-template <class W, int rows, bool add, bool prefetch>
-inline void multiply_block(const typename W::Value* x, int64_t x_stride, const char* w, int64_t steps, float* out) {
+// rows × kColumnVectors × 16 columns of a panel: out (rows, kPanel) += x · w. ``lines``: cache lines of ``ahead`` to
+// fetch in each step.
+template <class W, int rows, int lines>
+inline void multiply_block(const typename W::Value* x, int64_t x_stride, const char* w, int64_t steps, float* out, const char* ahead) {
     F16 sums[rows][kColumnVectors];
     for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < kColumnVectors; ++c) sums[r][c] = add ? load(out + r * kPanel + 16 * c) : zero();
+        for (int c = 0; c < kColumnVectors; ++c) sums[r][c] = load(out + r * kPanel + 16 * c);
     for (int64_t step = 0; step < steps; ++step) {
+        for (int line = 0; line < lines; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
+        ahead += 64 * lines;
         typename W::Pair columns[kColumnVectors];
-        for (int c = 0; c < kColumnVectors; ++c) {
-            columns[c] = W::weights(w + 64 * c);
-            if (prefetch) _mm_prefetch(w + 64 * c + kPrefetch, _MM_HINT_T0);
-        }
+        for (int c = 0; c < kColumnVectors; ++c) columns[c] = W::weights(w + 64 * c);
         for (int r = 0; r < rows; ++r) {
             const typename W::Pair input = W::inputs(x + r * x_stride);
             for (int c = 0; c < kColumnVectors; ++c) sums[r][c] = W::dot(sums[r][c], input, columns[c]);
@@ -103,34 +105,48 @@ inline void multiply_block(const typename W::Value* x, int64_t x_stride, const c
         for (int c = 0; c < kColumnVectors; ++c) store(out + r * kPanel + 16 * c, sums[r][c]);
 }
 
-template <class W, bool add, bool prefetch>
-inline void multiply_rows(int rows, const typename W::Value* x, int64_t x_stride, const char* w, int64_t steps, float* out) {
+template <class W, int lines>
+inline void multiply_rows(int rows, const typename W::Value* x, int64_t x_stride, const char* w, int64_t steps, float* out, const char* ahead) {
     for (int c = 0; c < kPanel / 16; c += kColumnVectors) {
         const char* columns = w + 64 * c;
         float* target = out + 16 * c;
         switch (rows) {
-            case 1: multiply_block<W, 1, add, prefetch>(x, x_stride, columns, steps, target); break;
-            case 2: multiply_block<W, 2, add, prefetch>(x, x_stride, columns, steps, target); break;
-            case 3: multiply_block<W, 3, add, prefetch>(x, x_stride, columns, steps, target); break;
-            case 4: multiply_block<W, 4, add, prefetch>(x, x_stride, columns, steps, target); break;
-            case 5: multiply_block<W, 5, add, prefetch>(x, x_stride, columns, steps, target); break;
+            case 1: multiply_block<W, 1, lines>(x, x_stride, columns, steps, target, ahead); break;
+            case 2: multiply_block<W, 2, lines>(x, x_stride, columns, steps, target, ahead); break;
+            case 3: multiply_block<W, 3, lines>(x, x_stride, columns, steps, target, ahead); break;
+            case 4: multiply_block<W, 4, lines>(x, x_stride, columns, steps, target, ahead); break;
+            case 5: multiply_block<W, 5, lines>(x, x_stride, columns, steps, target, ahead); break;
 #if CHIPBUS_BLOCK_ROWS > 5
-            case 6: multiply_block<W, 6, add, prefetch>(x, x_stride, columns, steps, target); break;
+            case 6: multiply_block<W, 6, lines>(x, x_stride, columns, steps, target, ahead); break;
 #endif
         }
     }
 }
 
-// out (rows, kPanel) = x (rows, inner) · one panel; rows is at most the block of the instruction set.
-struct Dense {
-    template <class W>
-    static void multiply(int rows, const typename W::Value* x, int64_t x_stride, const char* w, int64_t inner, bool is_first, float* out) {
-        if (is_first)
-            multiply_rows<W, false, true>(rows, x, x_stride, w, inner / W::kStep, out);
-        else
-            multiply_rows<W, false, false>(rows, x, x_stride, w, inner / W::kStep, out);
+// out (rows, kPanel) += x (rows, inner) · one panel; at most kStripRows rows.
+template <class W>
+inline void multiply_strip(int rows, const typename W::Value* x, int64_t x_stride, const char* w, int64_t inner, float* out) {
+    const int blocks = (rows + kBlockRows - 1) / kBlockRows;
+    const int64_t steps = inner / W::kStep;
+    for (int64_t begin = 0; begin < steps; begin += kChunkSteps) {
+        const int64_t count = steps - begin < kChunkSteps ? steps - begin : kChunkSteps;
+        const char* chunk = w + begin * (4 * kPanel);
+        const char* ahead = chunk + count * (4 * kPanel);  // the next chunk, perhaps of the next panel
+        for (int row = 0; row < rows; row += kBlockRows) {
+            const typename W::Value* from = x + row * x_stride + begin * W::kStep;
+            const int here = rows - row < kBlockRows ? rows - row : kBlockRows;
+            float* target = out + row * kPanel;
+            if (blocks == 1)
+                multiply_rows<W, 4>(here, from, x_stride, chunk, count, target, chunk + kPrefetch);
+            else if (row < 2 * kBlockRows && blocks < 4)
+                multiply_rows<W, 2>(here, from, x_stride, chunk, count, target, ahead + row / kBlockRows * count * 128);
+            else if (row < 4 * kBlockRows && blocks >= 4)
+                multiply_rows<W, 1>(here, from, x_stride, chunk, count, target, ahead + row / kBlockRows * count * 64);
+            else
+                multiply_rows<W, 0>(here, from, x_stride, chunk, count, target, ahead);
+        }
     }
-};
+}
 
 // One register block of an int8 panel: exact sums inside a group, scaled and added up group by group.
 template <int rows>
@@ -166,18 +182,43 @@ inline void multiply_int8(const int8_t* x, int64_t x_stride, const float* x_scal
     }
 }
 
-// Rows as int8 with a scale per kGroup inputs: the largest magnitude of a group becomes 127.
+inline void multiply_int8_rows(int rows, const int8_t* x, int64_t x_stride, const float* x_scales, int64_t groups, const char* w, const float* scales, const int32_t* sums,
+                               int64_t inner, float* out) {
+    for (int c = 0; c < kPanel; c += 16 * kColumnVectors) {
+        const char* columns = w + 4 * c;
+        switch (rows) {
+            case 1: multiply_int8<1>(x, x_stride, x_scales, groups, columns, scales + c, sums + c, inner, out + c); break;
+            case 2: multiply_int8<2>(x, x_stride, x_scales, groups, columns, scales + c, sums + c, inner, out + c); break;
+            case 3: multiply_int8<3>(x, x_stride, x_scales, groups, columns, scales + c, sums + c, inner, out + c); break;
+            case 4: multiply_int8<4>(x, x_stride, x_scales, groups, columns, scales + c, sums + c, inner, out + c); break;
+            case 5: multiply_int8<5>(x, x_stride, x_scales, groups, columns, scales + c, sums + c, inner, out + c); break;
+#if CHIPBUS_BLOCK_ROWS > 5
+            case 6: multiply_int8<6>(x, x_stride, x_scales, groups, columns, scales + c, sums + c, inner, out + c); break;
+#endif
+        }
+    }
+}
+
+// Rows as int8 with a scale per kGroup inputs: the largest magnitude of a group becomes 127. A NaN or an infinity makes
+// the first scale NaN, and with it every sum of the row.
 template <class Value>
 inline void quantize_row(const Value* x, int64_t inner, int8_t* out, float* scales) {
+    F16 poison = zero();
+    float* const first = scales;
     for (int64_t begin = 0; begin < inner; begin += kGroup) {
         const int64_t end = begin + kGroup < inner ? begin + kGroup : inner;
         F16 most = zero();
-        for (int64_t i = begin; i < end; i += 16) most = max(most, abs(load_some(x + i, end - i)));
-        const float largest = max_of(most);
-        const F16 factor = splat(largest > 0 ? 127.0f / largest : 0.0f);
+        for (int64_t i = begin; i < end; i += 16) {
+            const F16 values = load_some(x + i, end - i);
+            most = max(most, abs(values));
+            poison = fma(values, zero(), poison);
+        }
+        const float found = max_of(most), largest = found > kLeastOfGroup ? found : kLeastOfGroup;
+        const F16 factor = splat(127.0f / largest);
         for (int64_t i = begin; i < end; i += 16) store_int8(out + i, load_some(x + i, end - i) * factor);
         *scales++ = largest / 127.0f;
     }
+    *first += sum_of(poison);
 }
 
 // ---- linear ---------------------------------------------------------------------------------------------------------
@@ -200,16 +241,16 @@ inline void finish_row(const float* sums, int from, int to, int epilogue, const 
 // Settings: epilogue, has bias, format of the weights, first column inside the first panel.
 // Args: x, w (a panel's bytes), bias, other, y, scales and sums of int8 weights (a panel's bytes).
 template <class Value, class Multiply>
-inline void each_panel(const Task& task, int rows, int block_rows, Multiply multiply) {
+inline void each_panel(const Task& task, int rows, Multiply multiply) {
     const int epilogue = task.settings[0], skipped = task.settings[3];
     const bool has_bias = task.settings[1] != 0, has_other = epilogue == kMul || epilogue == kAdd;
-    alignas(64) float sums[kMaxRows * kPanel];
+    alignas(64) float sums[kStripRows * kPanel];
     for (int begin = -skipped, panel = 0; begin < task.columns; begin += kPanel, ++panel) {
         const int from = begin < 0 ? -begin : 0, to = task.columns - begin < kPanel ? task.columns - begin : kPanel;
         const int column = begin + from;  // of the task
         const Value* bias = has_bias ? reinterpret_cast<const Value*>(task.args[2].data) + column : nullptr;
-        for (int row = 0; row < rows; row += block_rows) {
-            const int count = rows - row < block_rows ? rows - row : block_rows;
+        for (int row = 0; row < rows; row += kStripRows) {
+            const int count = rows - row < kStripRows ? rows - row : kStripRows;
             multiply(panel, row, count, sums);
             for (int r = 0; r < count; ++r) {
                 const Value* other = has_other ? row_of<Value>(task.args[3], row + r) + column : nullptr;
@@ -219,13 +260,13 @@ inline void each_panel(const Task& task, int rows, int block_rows, Multiply mult
     }
 }
 
-template <class W, class Product>
-inline void dense_linear(const Task& task, int rows, int block_rows) {
+template <class W>
+inline void dense_linear(const Task& task, int rows) {
     using Value = typename W::Value;
     const Arg &x = task.args[0], &w = task.args[1];
-    each_panel<Value>(task, rows, block_rows, [&](int panel, int row, int count, float* sums) {
-        Product::template multiply<W>(count, row_of<Value>(x, row), x.stride / static_cast<int64_t>(sizeof(Value)), w.data + panel * w.stride, task.inner,
-                                      row == 0, sums);
+    each_panel<Value>(task, rows, [&](int panel, int row, int count, float* sums) {
+        __builtin_memset(sums, 0, static_cast<size_t>(count) * kPanel * 4);
+        multiply_strip<W>(count, row_of<Value>(x, row), x.stride / static_cast<int64_t>(sizeof(Value)), w.data + panel * w.stride, task.inner, sums);
     });
 }
 
@@ -237,31 +278,16 @@ inline void int8_linear(const Task& task, int rows, Scratch& scratch) {
     float* x_scales = reinterpret_cast<float*>(memory + rows * stride);
     for (int row = 0; row < rows; ++row) quantize_row(row_of<Value>(task.args[0], row), inner, x + row * stride, x_scales + row * groups);
     const Arg &w = task.args[1], &scales = task.args[5], &sums = task.args[6];
-    each_panel<Value>(task, rows, kBlockRows, [&](int panel, int row, int count, float* out) {
-        for (int c = 0; c < kPanel / 16; c += kColumnVectors) {
-            const char* columns = w.data + panel * w.stride + 64 * c;
-            const float* scale = row_of<float>(scales, panel) + 16 * c;
-            const int32_t* sum = row_of<int32_t>(sums, panel) + 16 * c;
-            const int8_t* from = x + row * stride;
-            const float* from_scales = x_scales + row * groups;
-            float* target = out + 16 * c;
-            switch (count) {
-                case 1: multiply_int8<1>(from, stride, from_scales, groups, columns, scale, sum, inner, target); break;
-                case 2: multiply_int8<2>(from, stride, from_scales, groups, columns, scale, sum, inner, target); break;
-                case 3: multiply_int8<3>(from, stride, from_scales, groups, columns, scale, sum, inner, target); break;
-                case 4: multiply_int8<4>(from, stride, from_scales, groups, columns, scale, sum, inner, target); break;
-                case 5: multiply_int8<5>(from, stride, from_scales, groups, columns, scale, sum, inner, target); break;
-#if CHIPBUS_BLOCK_ROWS > 5
-                case 6: multiply_int8<6>(from, stride, from_scales, groups, columns, scale, sum, inner, target); break;
-#endif
-            }
-        }
+    each_panel<Value>(task, rows, [&](int panel, int row, int count, float* out) {
+        for (int block = 0; block < count; block += kBlockRows)
+            multiply_int8_rows(count - block < kBlockRows ? count - block : kBlockRows, x + (row + block) * stride, stride, x_scales + (row + block) * groups, groups,
+                               w.data + panel * w.stride, row_of<float>(scales, panel), row_of<int32_t>(sums, panel), inner, out + block * kPanel);
     });
 }
 
 // bf16 rows times bf16 panels: the AMX set has its own.
 #ifndef CHIPBUS_AMX_TILES
-inline void bf16_linear(const Task& task, int rows) { dense_linear<Bf16, Dense>(task, rows, kBlockRows); }
+inline void bf16_linear(const Task& task, int rows) { dense_linear<Bf16>(task, rows); }
 #endif
 
 inline void linear(const Task& task, const Window& window, Scratch& scratch) {
@@ -271,7 +297,7 @@ inline void linear(const Task& task, const Window& window, Scratch& scratch) {
     if (task.settings[2] == kWeightsInt8)
         is_wide ? int8_linear<float>(task, rows, scratch) : int8_linear<uint16_t>(task, rows, scratch);
     else if (is_wide)
-        dense_linear<Float32, Dense>(task, rows, kBlockRows);
+        dense_linear<Float32>(task, rows);
     else
         bf16_linear(task, rows);
 }
@@ -423,14 +449,26 @@ struct AttentionMemory {
     }
 };
 
+// Where the keys and values of a block of positions are.
+struct Block {
+    const char *keys[kKeyBlock], *values[kKeyBlock];
+};
+
+// A row of keys or values of the block after this one, on its way to the cache.
+inline void fetch(const char* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+}
+
 template <class Value>
-inline void pack_keys(const char* const* rows, int64_t dim, char* packed) {
+inline void pack_keys(const Block& block, const Block& next, int64_t dim, char* packed) {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(Value));
     for (int group = 0; group < kKeyBlock; group += 16) {
+        const char* const* rows = block.keys + group;
+        for (int row = group; row < group + 16; ++row) fetch(next.keys[row], bytes);
         int64_t at = 0;
-        for (; at + 64 <= bytes; at += 64) transpose_dwords(rows + group, at, packed + at / 4 * (4 * kKeyBlock) + 4 * group, 4 * kKeyBlock);
+        for (; at + 64 <= bytes; at += 64) transpose_dwords(rows, at, packed + at / 4 * (4 * kKeyBlock) + 4 * group, 4 * kKeyBlock);
         for (; at < bytes; at += 4)
-            for (int row = 0; row < 16; ++row) __builtin_memcpy(packed + at / 4 * (4 * kKeyBlock) + 4 * (group + row), rows[group + row] + at, 4);
+            for (int row = 0; row < 16; ++row) __builtin_memcpy(packed + at / 4 * (4 * kKeyBlock) + 4 * (group + row), rows[row] + at, 4);
     }
 }
 
@@ -497,41 +535,66 @@ struct Pages {
     const int32_t* table;
     int64_t page_size, row_bytes;
 
-    int64_t offset(int64_t position) const { return (table[position / page_size] * page_size + position % page_size) * row_bytes; }
+    // The block of positions from ``base`` on; ``nothing`` from ``context`` on.
+    void find(int64_t base, int64_t context, const char* nothing, Block& block) const {
+        for (int i = 0; i < kKeyBlock; ++i) {
+            const int64_t position = base + i;
+            const bool is_there = position < context;
+            const int64_t offset = is_there ? (table[position / page_size] * page_size + position % page_size) * row_bytes : 0;
+            block.keys[i] = is_there ? keys + offset : nothing;
+            block.values[i] = is_there ? values + offset : nothing;
+        }
+    }
 };
 
-// ``tokens`` consecutive queries of one sequence from ``position`` on, ``group`` heads each, that share a KV head.
+// Consecutive queries of one sequence, ``group`` heads each, that share a KV head.
+struct Queries {
+    Pages pages;
+    int rows, group;
+    int64_t position;  // of the first
+
+    int64_t context() const { return position + rows / group; }  // positions there are for the last one
+};
+
+// ``next``: who will be attended after these, to fetch what that takes.
 template <class W>
-inline void attend(const AttentionMemory<W>& memory, const Pages& pages, int rows, int group, int64_t position, int64_t dim, float scale) {
+inline void attend(const AttentionMemory<W>& memory, const Queries& queries, const Queries* next, int64_t dim, float scale) {
     using Value = typename W::Value;
-    const int64_t context = position + rows / group;  // positions there are for the last query
+    const int rows = queries.rows, group = queries.group;
+    const int64_t position = queries.position, context = queries.context(), bytes = queries.pages.row_bytes;
+    const char* nothing = reinterpret_cast<const char*>(memory.nothing);
     for (int row = 0; row < rows; ++row) {
         memory.most[row] = -3.4e38f;
         memory.total[row] = 0;
     }
     for (int64_t panel = 0; panel < memory.panels; ++panel) __builtin_memset(memory.sums + panel * kQueryRows * kPanel, 0, static_cast<size_t>(rows) * kPanel * 4);
-    const char *key_rows[kKeyBlock], *value_rows[kKeyBlock];
+    Block blocks[2];
+    queries.pages.find(0, context, nothing, blocks[0]);
     for (int64_t base = 0; base < context; base += kKeyBlock) {
-        for (int i = 0; i < kKeyBlock; ++i) {
-            const bool is_there = base + i < context;
-            const int64_t offset = is_there ? pages.offset(base + i) : 0;
-            key_rows[i] = is_there ? pages.keys + offset : reinterpret_cast<const char*>(memory.nothing);
-            value_rows[i] = is_there ? pages.values + offset : reinterpret_cast<const char*>(memory.nothing);
-        }
-        pack_keys<Value>(key_rows, dim, memory.keys);
-        pack_values(value_rows, dim, static_cast<Value*>(nullptr), memory.values);
+        const Block& here = blocks[base / kKeyBlock % 2];
+        Block& ahead = blocks[base / kKeyBlock % 2 ^ 1];
+        if (base + kKeyBlock < context || next == nullptr)
+            queries.pages.find(base + kKeyBlock, context, nothing, ahead);
+        else
+            next->pages.find(0, next->context(), nothing, ahead);
+        pack_keys<Value>(here, ahead, dim, memory.keys);
+        pack_values(here.values, dim, static_cast<Value*>(nullptr), memory.values);
         const int first = base > position ? static_cast<int>(base - position) * group : 0;  // rows before see nothing here
+        int fetched = 0;
         for (int row = first; row < rows; row += kBlockRows) {
             const int count = rows - row < kBlockRows ? rows - row : kBlockRows;
-            multiply_rows<W, false, false>(count, memory.queries + row * dim, dim, memory.keys, dim / W::kStep, memory.scores + row * kKeyBlock);
+            const int wanted = static_cast<int>((row + count - first) * int64_t{kKeyBlock} / (rows - first));
+            for (; fetched < wanted; ++fetched) fetch(ahead.values[fetched], bytes);
+            __builtin_memset(memory.scores + row * kKeyBlock, 0, static_cast<size_t>(count) * kKeyBlock * 4);
+            multiply_rows<W, 0>(count, memory.queries + row * dim, dim, memory.keys, dim / W::kStep, memory.scores + row * kKeyBlock, nullptr);
             for (int r = row; r < row + count; ++r) {
                 const int64_t seen = position + r / group - base + 1;
                 soften(memory, r, seen < kKeyBlock ? static_cast<int>(seen) : kKeyBlock, scale);
             }
             for (int64_t panel = 0; panel < memory.panels; ++panel)
-                multiply_rows<W, true, false>(count, memory.chances + row * kKeyBlock, kKeyBlock,
-                                              memory.values + panel * (kKeyBlock * kPanel * static_cast<int64_t>(sizeof(Value))), kKeyBlock / W::kStep,
-                                              memory.sums + (panel * kQueryRows + row) * kPanel);
+                multiply_rows<W, 0>(count, memory.chances + row * kKeyBlock, kKeyBlock,
+                                    memory.values + panel * (kKeyBlock * kPanel * static_cast<int64_t>(sizeof(Value))), kKeyBlock / W::kStep,
+                                    memory.sums + (panel * kQueryRows + row) * kPanel, nullptr);
         }
     }
 }
@@ -549,29 +612,41 @@ inline void attend_tile(const Task& task, const Window& window, Scratch& scratch
     if (last <= task.first) return;
     const AttentionMemory<W> memory(scratch, dim);
     const int most_tokens = kQueryRows / group > 0 ? kQueryRows / group : 1;
-    for (int row = 0; row < window.rows; ++row) {
-        const int begin = offsets[row] > task.first ? offsets[row] : task.first;
-        const int end = offsets[row + 1] < last ? offsets[row + 1] : last;
-        for (int token = begin; token < end; token += most_tokens) {
+    for (int head = 0; head < heads; ++head) {
+        int row = 0, token = task.first;
+        // The next queries of this KV head, of at most ``most_tokens`` tokens of one row; false if there are none.
+        const auto take = [&](Queries& queries) {
+            while (row < window.rows && (token >= offsets[row + 1] || offsets[row + 1] <= offsets[row])) ++row;
+            if (row >= window.rows || token >= last) return false;
+            const int end = offsets[row + 1] < last ? offsets[row + 1] : last;
             const int tokens = end - token < most_tokens ? end - token : most_tokens;
-            const int64_t position = ends[row] - (offsets[row + 1] - token);
-            for (int head = 0; head < heads; ++head) {
-                const Pages pages{task.args[1].data + head * task.args[1].stride, task.args[2].data + head * task.args[2].stride,
-                                  row_of<int32_t>(task.args[5], row), task.settings[3], dim * static_cast<int64_t>(sizeof(Value))};
-                for (int t = 0; t < tokens; ++t)
-                    __builtin_memcpy(memory.queries + t * group * dim, row_of<Value>(task.args[0], token - task.first + t) + head * group * dim,
-                                     static_cast<size_t>(group * dim) * sizeof(Value));
-                attend<W>(memory, pages, tokens * group, group, position, dim, task.real);
-                for (int r = 0; r < tokens * group; ++r) {
-                    Value* out = row_of<Value>(task.args[6], token - task.first + r / group) + (head * group + r % group) * dim;
-                    const F16 share = splat(1.0f / memory.total[r]);
-                    for (int64_t i = 0; i < dim; i += 16)
-                        store_some(out + i, load(memory.sums + (i / kPanel * kQueryRows + r) * kPanel + i % kPanel) * share, dim - i);
-                }
+            queries = {{task.args[1].data + head * task.args[1].stride, task.args[2].data + head * task.args[2].stride, row_of<int32_t>(task.args[5], row),
+                        task.settings[3], dim * static_cast<int64_t>(sizeof(Value))},
+                       tokens * group, group, ends[row] - (offsets[row + 1] - token)};
+            token += tokens;
+            return true;
+        };
+        Queries here{}, next{};
+        int begin = task.first;
+        for (bool is_there = take(here); is_there; here = next) {
+            const bool goes_on = take(next);
+            const int tokens = here.rows / group;
+            for (int t = 0; t < tokens; ++t)
+                __builtin_memcpy(memory.queries + t * group * dim, row_of<Value>(task.args[0], begin - task.first + t) + head * group * dim,
+                                 static_cast<size_t>(group * dim) * sizeof(Value));
+            attend<W>(memory, here, goes_on ? &next : nullptr, dim, task.real);
+            for (int r = 0; r < here.rows; ++r) {
+                Value* out = row_of<Value>(task.args[6], begin - task.first + r / group) + (head * group + r % group) * dim;
+                const F16 share = splat(1.0f / memory.total[r]);
+                for (int64_t i = 0; i < dim; i += 16)
+                    store_some(out + i, load(memory.sums + (i / kPanel * kQueryRows + r) * kPanel + i % kPanel) * share, dim - i);
             }
+            begin += tokens;
+            is_there = goes_on;
         }
     }
 }
+
 
 inline void paged_attention(const Task& task, const Window& window, Scratch& scratch) {
     task.dtype == kFloat32 ? attend_tile<Float32>(task, window, scratch) : attend_tile<Bf16>(task, window, scratch);

@@ -30,15 +30,15 @@ struct TileProduct {
 };
 
 inline void bf16_linear(const Task& task, int rows) {
-    if (task.inner % 32 != 0) {  // of such a linear every row, in every batch, is a matter of AVX-512
-        dense_linear<Bf16, Dense>(task, rows, kBlockRows);
-        return;
-    }
+    if (task.inner % 32 != 0) return dense_linear<Bf16>(task, rows);  // every row, in every batch: no mixture of the two
     const Arg &x = task.args[0], &w = task.args[1];
     int configured = 0;
-    each_panel<uint16_t>(task, rows, 16, [&](int panel, int row, int count, float* sums) {
-        if (count != configured) tile_configure(configured = count);
-        TileProduct::multiply(row_of<uint16_t>(x, row), x.stride / 2, w.data + panel * w.stride, task.inner, sums);
+    each_panel<uint16_t>(task, rows, [&](int panel, int row, int count, float* sums) {
+        for (int block = 0; block < count; block += 16) {
+            const int here = count - block < 16 ? count - block : 16;
+            if (here != configured) tile_configure(configured = here);
+            TileProduct::multiply(row_of<uint16_t>(x, row + block), x.stride / 2, w.data + panel * w.stride, task.inner, sums + block * kPanel);
+        }
     });
     tile_release();
 }

@@ -1,6 +1,6 @@
 """What the native engine keeps for one chip: its cores, and each model's packed weights.
 
-Owns: cores and segments. Which models it takes, and into how large tiles it cuts their programs, is decided here.
+Owns: cores and segments. Which models it takes is decided in shapes.py, into how large tiles it cuts them in tiles.py.
 """
 
 from __future__ import annotations
@@ -8,89 +8,85 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..captures import Capture
-from ..chips import Report
+from ..chips import Kept, Report
+from ..memory import weights_bytes
 from ..program import TensorSpec
 from ..qwen3.model import ModelSpec
 from ..weights import load_weights
-from . import library
 from .graph import NativeGraph
-from .tiles import tiled
+from .tiles import TileSizes, measured
 from .weights import Segment, packed_bytes
 
 if TYPE_CHECKING:
     from ..torch_chip import TorchChip
 
-__all__ = ["NativeModel", "refused"]
-
-_MAX_GROUP = 96  # query heads that share a KV head: rows of one attention tile
+__all__ = ["NativeModel"]
 
 
 class NativeModel:
     """The native half of a cpu chip."""
 
-    def __init__(self, cores: Any) -> None:
+    def __init__(self, cores: Any, kept: Kept | None = None) -> None:
         self.cores = cores
+        self._kept = kept  # until a model has taken it
         self._segments: dict[int, Segment] = {}
+        self._sizes: dict[int, TileSizes] = {}
 
     def has(self, resident: int) -> bool:
         """Whether the weights of that id are packed here."""
         return resident in self._segments
 
     def load(self, tensor: TensorSpec, report: Report | None) -> tuple[dict[str, Any], int]:
-        """A checkpoint's weights, matrices packed; and the bytes they take."""
+        """A checkpoint's weights, matrices packed or found as an earlier chip packed them; and the bytes they take."""
         spec = ModelSpec.from_directory(tensor.source, tensor.dtype)
         weights = tensor.weights or tensor.dtype
-        segment = Segment(self.cores, sum(packed_bytes(*shape, weights) for shape in matrices(spec)))
+        size = sum(packed_bytes(*shape, weights) for shape in spec.matrices())
+        kept, self._kept = self._kept, None
+        segment = Segment(self.cores, size, f"{spec.fingerprint} from {spec.dtype} to {weights}", kept)
         try:
-            _, loaded = load_weights(tensor, report, lambda matrix: segment.pack(matrix, weights))
+            if segment.is_found:
+                places = (segment.place(shape, weights) for shape in spec.matrices())
+                _, loaded = load_weights(tensor, report, found=places)
+            else:
+                _, loaded = load_weights(tensor, report, lambda matrix: segment.pack(matrix, weights))
+                segment.finish()
         except BaseException:
-            segment.close()
+            segment.close(and_empty=not segment.is_found)
             raise
         self._segments[tensor.resident] = segment
-        return loaded, spec.weights_bytes
+        self._sizes[tensor.resident] = measured(self.cores, spec, weights, loaded)
+        return loaded, weights_bytes(spec, tensor.weights)
 
-    def tiled(self, static: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
-        """A program's configuration with the tile sizes it leaves open chosen for a window of ``tokens``."""
-        return tiled(static, tokens, self.cores.threads)
+    def tiled(self, resident: int, static: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
+        """A program's configuration with the tile sizes it leaves open chosen for those weights and ``tokens``."""
+        return self._sizes[resident].fill(static, tokens)
 
     def bind(self, chip: TorchChip, capture: Capture, memory: Mapping[str, Any]) -> NativeGraph:
         """A captured graph on the chip's memory."""
         return NativeGraph(self.cores, capture.graph, memory, chip.arenas, check_numerics=chip.check_numerics)
 
+    def read(self, resident: int) -> tuple[int, float]:
+        """Read the packed weights of that id on all cores, computing nothing: bytes, and the seconds it took."""
+        segment = self._segments[resident]
+        return segment.nbytes, float(self.cores.read(segment.address, segment.nbytes))
+
+    def largest(self, values: NDArray[np.float32]) -> int:
+        """The index of the largest of ``values`` (V,), the lowest among equals, looked for on all cores."""
+        values = np.ascontiguousarray(values)
+        return int(self.cores.largest(values.ctypes.data, 0, [0], len(values))[0])
+
     def free(self, resident: int) -> None:
         """Give back the weights of that id, if there are any. Graphs bound to them are gone already."""
         segment = self._segments.pop(resident, None)
         if segment is not None:
-            segment.close()
+            segment.close(and_empty=True)
 
     def close(self) -> None:
-        """Give everything back; the cores end with the last graph that knows them."""
-        for resident in list(self._segments):
-            self.free(resident)
-
-
-def matrices(spec: ModelSpec) -> list[tuple[int, int]]:
-    """(out, in) of every matrix that is packed, in the order ``load_weights`` packs them."""
-    hidden, inner, heads = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
-    mixed = heads + 2 * spec.num_kv_heads * spec.head_dim
-    layer = [(mixed, hidden), (hidden, heads), (inner, hidden), (inner, hidden), (hidden, inner)]
-    return spec.num_layers * layer + [(spec.vocab_size, hidden)]
-
-
-def refused(spec: ModelSpec, weights: str = "") -> str:
-    """Why the kernels do not take a model of this shape, "" if they do."""
-    multiple = 4 if weights == "int8" else 2
-    inner = {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_attention_heads × head_dim": spec.num_heads * spec.head_dim,
-    }
-    for name, size in inner.items():
-        if size % multiple:
-            return f"{name} is {size}; the kernels take multiples of {multiple}"
-    if spec.head_dim > library.MAX_HEAD_DIM:
-        return f"head_dim is {spec.head_dim}; the kernels take at most {library.MAX_HEAD_DIM}"
-    if spec.num_heads // spec.num_kv_heads > _MAX_GROUP:
-        return f"{spec.num_heads // spec.num_kv_heads} query heads share a KV head; the kernels take {_MAX_GROUP}"
-    return ""
+        """Give back all that is not kept for the next chip; the cores end with the last graph that knows them."""
+        while self._segments:
+            self._segments.popitem()[1].close()
+        self.cores = None

@@ -3,15 +3,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <cstring>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "cores.h"
 #include "isa.h"
+#include "mapping.h"
 #include "packing.h"
 #include "search.h"
 
@@ -73,6 +77,15 @@ std::vector<std::pair<int64_t, int64_t>> counters(const Cores& cores) {
     return found;
 }
 
+void translate(std::exception_ptr thrown) {
+    try {
+        if (thrown) std::rethrow_exception(thrown);
+    } catch (const std::system_error& error) {
+        errno = error.code().value();
+        PyErr_SetFromErrno(PyExc_OSError);
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -83,6 +96,8 @@ PYBIND11_MODULE(_native, module) {
     module.attr("MAX_ARGS") = kMaxArgs;
     module.attr("TASK_BYTES") = sizeof(Task);
     module.attr("KERNELS") = std::vector<std::string>{"load_rows", "rotary_table", "rms_norm", "linear", "rotate_and_store", "paged_attention", "store_rows"};
+    module.attr("HUGE_PAGE") = kHugePage;
+    py::register_local_exception_translator(&translate);
     module.def("best_isa", &best_isa, "The best instruction set of this processor, '' if none will do.");
     module.def("why_not", &why_not, "isa"_a, "Why this machine cannot run an instruction set; '' if it can.");
 
@@ -110,6 +125,13 @@ PYBIND11_MODULE(_native, module) {
                  return largest(cores, at(values), row_bytes, rows, columns);
              },
              "values"_a, "row_bytes"_a, "rows"_a, "columns"_a, "Index of the largest fp32 value of each row, the lowest among equals.");
+
+    py::class_<Mapping>(module, "Mapping")
+        .def(py::init<int, size_t, bool>(), "file"_a, "bytes"_a, "is_writable"_a)
+        .def_property_readonly("address", [](const Mapping& mapping) { return reinterpret_cast<uint64_t>(mapping.begin()); })
+        .def("take_huge_pages", &Mapping::take_huge_pages, "cores"_a, py::call_guard<py::gil_scoped_release>())
+        .def("make_read_only", &Mapping::make_read_only);
+
     module.def("top", [](const Array<float>& values, int64_t count) { return top(values.data(), values.size(), count); }, "values"_a, "count"_a,
                "Indices of the largest values, largest first, the lower index first among equals.");
 }

@@ -29,6 +29,8 @@ constexpr int kPanel = 64;
 constexpr int kKeyBlock = 64;
 // Inputs of an int8 linear that share a scale, in weights and in activations.
 constexpr int kGroup = 128;
+// Keeps 127 / largest finite; a group of smaller numbers is all zeros.
+constexpr float kLeastOfGroup = 1e-30f;
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxArgs = 9;
 

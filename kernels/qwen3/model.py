@@ -132,6 +132,16 @@ class ModelSpec:
         if not self.tie_word_embeddings:
             yield "lm_head.weight", (self.vocab_size, hidden)
 
+    def matrices(self) -> list[tuple[int, int]]:
+        """(out, in) of every matrix of a linear, in the order the programs use them: those that ``weights`` is about.
+
+        Queries, keys and values are one matrix. The head is the last, also where it is the embedding's table.
+        """
+        hidden, inner, heads = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
+        mixed = heads + 2 * self.num_kv_heads * self.head_dim
+        layer = [(mixed, hidden), (hidden, heads), (inner, hidden), (inner, hidden), (hidden, inner)]
+        return self.num_layers * layer + [(self.vocab_size, hidden)]
+
     def _check_tensors(self, stored: Mapping[str, StoredTensor]) -> None:
         needed = set()
         for name, shape in self.tensor_shapes():

@@ -36,6 +36,11 @@ class RowPlan:
     tables: Int32  # (R, P) pages by position; only the first ceil(end / page size) of a row are read
     rows: list[int]  # (R,) where the row's last hidden state goes, -1: nowhere
 
+    def context(self, begin: int, end: int) -> int:
+        """Positions that tokens ``begin:end`` attend to, each row's once, however many of its tokens are among them."""
+        owners = zip(self.starts, self.offsets, self.offsets[1:], strict=False)
+        return sum(start + min(last, end) - first for start, first, last in owners if first < end and last > begin)
+
 
 def plan_rows(
     where: str, static: Mapping[str, Any], tokens: Int32, starts: Int32, lengths: Int32, tables: Int32, rows: Int32

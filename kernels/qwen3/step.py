@@ -103,12 +103,15 @@ class ModelPrograms:
         return (self.prefill, self.decode, self.final_norm, self.lm_head, self.sample)
 
     @classmethod
-    def build(cls, spec: ModelSpec, limits: Limits, tiling: Tiling = COARSE) -> ModelPrograms:
-        """Describe programs and residents; pure, so every process that builds them gets the same digests."""
+    def build(cls, spec: ModelSpec, limits: Limits, tiling: Tiling = COARSE, *, weights: str = "") -> ModelPrograms:
+        """Describe programs and residents; pure, so every process that builds them gets the same digests.
+
+        ``weights``: what matrices are kept in, "int8" or "" for the model's dtype.
+        """
         cache_shape = (spec.num_layers, spec.num_kv_heads, limits.num_pages, limits.page_size, spec.head_dim)
         rows = limits.max_num_seqs
         tensors = (
-            TensorSpec(_WEIGHTS, spec.dtype, (), spec.path, spec.fingerprint),
+            TensorSpec(_WEIGHTS, spec.dtype, (), spec.path, spec.fingerprint, weights),
             TensorSpec(_K_CACHE, spec.dtype, cache_shape),
             TensorSpec(_V_CACHE, spec.dtype, cache_shape),
             TensorSpec(_HIDDEN, spec.dtype, (rows, spec.hidden_size)),
@@ -125,9 +128,9 @@ class ModelPrograms:
         def wanted(name: str, dtype: str, *shape: int | str) -> Param:
             return Param(name, dtype, shape, Direction.OUT)
 
-        weights, k_cache, v_cache, hidden, normed, logits = tensors
+        parameters, k_cache, v_cache, hidden, normed, logits = tensors
         state = (
-            kept("weights", weights),
+            kept("weights", parameters),
             kept("k_cache", k_cache, Direction.INOUT),
             kept("v_cache", v_cache, Direction.INOUT),
             kept("hidden", hidden, Direction.OUT),
@@ -145,6 +148,7 @@ class ModelPrograms:
             ("tie_word_embeddings", spec.tie_word_embeddings),
             ("attention_bias", spec.attention_bias),
             ("dtype", spec.dtype),
+            ("weights", weights),
             ("max_num_seqs", limits.max_num_seqs),
             ("max_num_batched_tokens", limits.max_num_batched_tokens),
             ("max_model_len", limits.max_model_len),
@@ -179,14 +183,14 @@ class ModelPrograms:
             ),
             final_norm=program(
                 "final_norm",
-                kept("weights", weights),
+                kept("weights", parameters),
                 kept("hidden", hidden),
                 kept("normed", normed, Direction.OUT),
                 given("rows", "N"),
             ),
             lm_head=program(
                 "lm_head",
-                kept("weights", weights),
+                kept("weights", parameters),
                 kept("normed", normed),
                 kept("logits", logits, Direction.OUT),
                 given("rows", "N"),

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from chipbus.actors.chip import ChipActor, ThreadCompute
-from chipbus.actors.messages.launching import Done, RegisterProgram
+from chipbus.actors.messages.launching import AllocTensor, ChipReport, ChipReportRequest, Done, RegisterProgram
 from chipbus.bus import Ready, SystemClock
 from chipbus.errors import ChipbusError, KernelError
+from chipbus.kernels.chips import Chip
+from chipbus.kernels.null import NullChip
 from chipbus.kernels.qwen3.model import ModelSpec
 from chipbus.kernels.qwen3.step import Limits, ModelPrograms
 
@@ -33,6 +35,19 @@ class Heard:
             assert self.some.acquire(timeout=10)
 
 
+class Log:
+    """What is logged, by level."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str, dict[str, object]]] = []
+
+    def info(self, event: str, **facts: object) -> None:
+        self.lines.append(("info", event, facts))
+
+    def warning(self, event: str, **facts: object) -> None:
+        self.lines.append(("warning", event, facts))
+
+
 class DelayedBus:
     """A context whose bus thread hears of nothing until the test lets it."""
 
@@ -41,6 +56,7 @@ class DelayedBus:
         self.ledger = None
         self.clock = SystemClock()
         self.told: list[object] = []
+        self.log = Log()
 
     def tell(self, _to: str, message: object) -> None:
         self.told.append(message)
@@ -55,6 +71,8 @@ class Answers:
         self.replies: list[object] = []
         self.errors: list[ChipbusError] = []
         self.reply, self.fail = self.replies.append, self.errors.append
+        self.items: list[object] = []
+        self.item = self.items.append
 
 
 def test_a_command_that_arrives_before_the_chip_is_known_to_be_open_is_carried_out() -> None:
@@ -78,6 +96,50 @@ def test_a_command_that_arrives_before_the_chip_is_known_to_be_open_is_carried_o
     assert answers.errors == []
     assert [type(reply) for reply in answers.replies] == [Done]
     assert [type(message) for message in bus.told] == [Ready]
+
+
+class NamedChip(ChipActor):
+    """On a null chip that says what it is told to of its engine."""
+
+    def __init__(self, engine: str) -> None:
+        super().__init__({"device": "null:0", "threads": 1})
+        self._named = engine
+
+    def open_chip(self) -> Chip:
+        chip = NullChip()
+        chip.engine = self._named
+        return chip
+
+
+@pytest.mark.guarantee("K46")
+@pytest.mark.parametrize(
+    ("engine", "level"),
+    [("native, avx2", "info"), ("torch: this processor lacks AVX2", "warning"), ("torch, as asked", "info")],
+)
+def test_which_engine_computes_a_model_is_said_once_and_as_a_warning_where_nobody_asked_for_it(
+    engine: str, level: str
+) -> None:
+    heard, answers = Heard(), Answers()
+    actor = NamedChip(engine)
+    bus = DelayedBus(heard)
+    actor.ctx = bus  # type: ignore[assignment]
+    limits = Limits(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=8, page_size=4, num_pages=2)
+    tensors = ModelPrograms.build(ModelSpec.from_directory(DEMO), limits).tensors
+
+    actor.on_start()
+    for tensor in tensors:
+        actor._alloc(AllocTensor(tensor), answers)  # type: ignore[arg-type]
+    assert actor._compute is not None
+    actor._compute.close(lambda: None)
+    heard.wait(4 + len(tensors))  # opened, progress and engine of the weights, what each command ended with, closed
+    for callback in heard.posted:
+        callback()  # type: ignore[operator]
+    actor._report(ChipReportRequest(), answers)  # type: ignore[arg-type]
+
+    assert bus.log.lines == [(level, "chip.engine", {"engine": engine})]
+    assert answers.errors == []
+    assert isinstance(answers.replies[-1], ChipReport)
+    assert answers.replies[-1].engine == engine
 
 
 @pytest.mark.parametrize(

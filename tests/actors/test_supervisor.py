@@ -20,7 +20,7 @@ from supervised import PROGRAMS, Host, tree_of_four, worker
 from chipbus.actors.messages.tree import ChildEnd, GroupLost, StartFailure, TreeReady
 from chipbus.actors.processes import ExitStatus, signal_group
 from chipbus.bus import Progress
-from support import descriptors, eventually, our_processes
+from support import descriptors, eventually, our_processes, weight_files
 
 KILLED = "signal 9 (SIGKILL)"
 
@@ -335,6 +335,55 @@ def test_the_supervisor_costs_nothing_while_nothing_happens() -> None:
         after = [sum(p.cpu_times()[:2]) + 1e-4 * sum(p.num_ctx_switches()) for p in tree]
 
         assert max(b - a for a, b in zip(before, after, strict=True)) < 0.02
+
+
+@pytest.mark.guarantee("S17")
+@pytest.mark.parametrize("preload", ["light", "threaded"])  # forked, and executed afresh
+def test_each_life_of_a_child_that_keeps_weights_gets_the_memory_file_that_is_its_alone(
+    preload: str, tmp_path: Path
+) -> None:
+    pages = tmp_path / "diary"
+    chips = [worker(name, preload=preload, keeps_weights=True, diary=str(pages)) for name in ("chip.0.0", "chip.1.0")]
+    with Host(worker("router", diary=str(pages)), *chips) as host:
+        host.hear(TreeReady)
+        for life in (1, 2):
+            os.kill(host.record("chip.0.0", incarnation=life).pid, signal.SIGKILL)
+        host.record("chip.0.0", incarnation=3)
+
+        noted = [line.split(" ", 4) for line in diary(pages) if " weights " in line]
+        of_one = [(life, number, words) for name, life, _, number, words in noted if name == "chip.0.0"]
+        [(number, words)] = [(number, words) for name, _, _, number, words in noted if name == "chip.1.0"]
+        assert [(life, words) for life, _, words in of_one] == [
+            ("1", "left by "), ("2", "left by chip.0.0 1, "), ("3", "left by chip.0.0 1, chip.0.0 2, "),
+        ]  # fmt: skip
+        assert words == "left by "
+        assert len({number for _, number, _ in of_one}) == 1
+        assert number != of_one[0][1]
+        assert len(weight_files(host.handle.pid)) == 2
+        holders = psutil.Process(host.handle.pid).children(recursive=True)
+        assert sorted(len(weight_files(p.pid)) for p in holders) == [0] * (len(holders) - 2) + [1, 1]
+        freed = host.shut_down(5.0).freed
+        assert {"packed weights of chip.0.0", "packed weights of chip.1.0"} <= set(freed)
+
+
+@pytest.mark.guarantee("S18")
+def test_a_memory_file_goes_with_a_child_that_is_given_up_and_with_the_tree_however_it_ends(tmp_path: Path) -> None:
+    children = (
+        worker("replica.0", group="replica.0"),
+        worker("chip.0.0", "replica.0", group="replica.0", keeps_weights=True, die_in=(2,)),
+        worker("chip.1.0", keeps_weights=True),
+    )
+    with Host(*children, max_restarts=1) as host:
+        host.hear(TreeReady)
+        os.kill(host.record("chip.0.0").pid, signal.SIGKILL)
+        host.hear(GroupLost)
+        host.record("chip.0.0", "gone", 2)
+        eventually(lambda: len(weight_files(host.handle.pid)) == 1, "the file of the chip that is given up is closed")
+        descendants = psutil.Process(host.handle.pid).children(recursive=True)
+        signal_group(host.handle.process, signal.SIGKILL)
+
+        assert host.handle.reap(10) == ExitStatus(signum=signal.SIGKILL)
+        eventually(lambda: not any(is_running(p.pid) for p in descendants), "everyone who had it open is dead")
 
 
 @pytest.mark.guarantee("S12")

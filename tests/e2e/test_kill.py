@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from native_runs import NEEDS_NATIVE
 
 from chipbus import Engine, SamplingParams, errors
-from support import eventually, run_directories
+from support import eventually, holders, run_directories, weight_files
 
 LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -84,6 +86,51 @@ def test_a_killed_chip_is_replaced_and_its_requests_go_on() -> None:
         assert incarnation_of(engine, "replica.0") == (1, "ready")
         statistics = engine.statistics()
         assert statistics.pages_free == statistics.pages_total
+
+
+@NEEDS_NATIVE
+@pytest.mark.slow
+@pytest.mark.guarantee("E13")
+def test_the_next_life_of_a_chip_finds_the_packed_weights(capfd: pytest.CaptureFixture[str]) -> None:
+    with Engine("demo", log_level="info", threads=1) as engine:
+        undisturbed = [t for d in engine.stream([1, 2, 3], LONG) for t in d.outputs[0].token_ids]
+        [file] = weight_files(pid_of(engine, "supervisor"))
+        reader = Reader(engine, [1, 2, 3])
+        os.kill(pid_of(engine, "chip.0.0"), signal.SIGKILL)
+
+        assert reader.ended.wait(30)
+        reader.thread.join()
+        assert reader.error is None
+        assert reader.tokens == undisturbed
+        assert incarnation_of(engine, "chip.0.0") == (2, "ready")
+        maps = Path(f"/proc/{pid_of(engine, 'chip.0.0')}/maps").read_text().splitlines()
+        mapped = [line.split() for line in maps if "memfd:chipbus-weights" in line]
+        assert {(access, int(number)) for _, access, _, _, number, *_ in mapped} == {("r--p", file)}
+
+    said = [line.partition("how=")[2] for line in capfd.readouterr().err.splitlines() if "chip.weights" in line]
+    assert said == ['"packed: nothing is there yet"', "mapped"]
+    assert holders(file) == []
+
+
+@NEEDS_NATIVE
+@pytest.mark.slow
+@pytest.mark.guarantee("E14")
+def test_packed_weights_are_gone_with_a_killed_host_application() -> None:
+    program = [sys.executable, "-c", HOST.replace('chip="null", ', "")]
+    host = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert host.stdout is not None
+    assert host.stdin is not None
+    supervisor = int(host.stdout.readline().split()[1])
+    files = weight_files(supervisor)
+    assert len(files) == 2
+    assert [len(holders(file)) for file in files] == [2, 2]  # it, and the chip
+
+    host.kill()
+    host.wait(10)
+    host.stdout.close()
+    host.stdin.close()
+
+    eventually(lambda: not any(holders(file) for file in files), "nobody has them open")
 
 
 @pytest.mark.slow

@@ -29,12 +29,14 @@ from chipbus.kernels.diagnosis import (
     find_races,
     run_graph_from_json,
     run_of_capture,
+    run_of_launches,
     scheduled,
     to_json,
     to_trace_events,
     with_reasons,
     with_times,
 )
+from chipbus.kernels.dispatch import Completion
 from chipbus.kernels.engine import TaskState
 from chipbus.kernels.graph import GraphBuilder, Tag, Tile
 from chipbus.kernels.rings import RingMark, ScopeRecord
@@ -345,6 +347,20 @@ def test_rows_of_a_trace_are_in_natural_order_and_named_after_their_lanes() -> N
     assert named == ["core.9", "core.9 (2)", "core.10"]
 
 
+def test_runs_in_one_trace_are_processes_with_rows_and_arrows_of_their_own() -> None:
+    tasks = tuple(RunTask(label="t", lane=f"core.{core}", begin_ns=9 * core, end_ns=9 * core + 9) for core in (0, 1))
+    run = RunGraph(name="first", clock="wall", tasks=tasks, edges=(Edge(0, 1),))
+    events = json.loads(to_trace_events(run, attrs.evolve(run, name="second")))["traceEvents"]
+    named = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert named == {1: "first (wall clock)", 2: "second (wall clock)"}
+    for process in named:
+        rows = [(e["tid"], e["ts"]) for e in events if e["ph"] == "X" and e["pid"] == process]
+        assert rows == [(1, 0), (2, 0.009)]
+    assert [(event["pid"], event["ph"], event["id"]) for event in events if event["ph"] in "sf"] == [
+        (1, "s", 1), (1, "f", 1), (2, "s", 2), (2, "f", 2),
+    ]  # fmt: skip
+
+
 def test_a_capture_becomes_a_run_whose_edges_say_why() -> None:
     graph = GraphBuilder("g")
     a, b = graph.bound("a", "int32", 8), graph.intermediate("b", "int32", 8)
@@ -373,8 +389,32 @@ def test_a_capture_becomes_a_run_whose_edges_say_why() -> None:
         (0, 5, TaskState.COMPLETED), (5, 9, TaskState.COMPLETED), (9, 20, TaskState.COMPLETED),
     ]  # fmt: skip
     assert (timed.wall_ns, timed.clock, run.wall_ns, run.clock) == (20, "wall", 0, "none")
+    assert {task.lane for task in timed.tasks} == {"core.0"}
+    cores = np.array([1, 0, 11], "<i2").tobytes()
+    assert [task.lane for task in with_times(run, times, cores).tasks] == ["core.1", "core.0", "core.11"]
     with pytest.raises(ConfigError, match="has 3 tasks; 32 bytes of times given"):
         with_times(run, times[:32])
+    with pytest.raises(ConfigError, match="has 3 tasks; 4 bytes of cores given"):
+        with_times(run, times, cores[:4])
+
+
+def test_launches_one_after_another_are_one_run() -> None:
+    graph = GraphBuilder("g")
+    a = graph.bound("a", "int32", 8)
+    for _ in range(2):
+        graph.submit("update", (Tag.INOUT, a))
+    described = to_json(run_of_capture(graph.build())).decode()
+    times, cores = np.array([[1, 5], [5, 7]], "<i8").tobytes(), np.array([0, 1], "<i2").tobytes()
+    first = Completion(dispatch_id=1, task_times=times, task_cores=cores, graph="g")
+    launches = [(100, first), (150, Completion(dispatch_id=2)), (200, first)]
+    run = run_of_launches("step", launches, lambda _: described)
+    assert (run.name, run.clock) == ("step", "wall")
+    assert [(task.lane, task.begin_ns, task.end_ns) for task in run.tasks] == [
+        ("core.0", 101, 105), ("core.1", 105, 107), ("core.0", 201, 205), ("core.1", 205, 207),
+    ]  # fmt: skip
+    assert [(edge.before, edge.after) for edge in run.edges] == [(0, 1), (2, 3)]
+    with pytest.raises(ConfigError, match="step: no launch has a timeline"):
+        run_of_launches("step", launches[1:2], lambda _: described)
 
 
 PROGRAM = Program(

@@ -124,6 +124,16 @@ def test_a_picture_shows_every_task_and_what_failed() -> None:
     assert "6 tasks · 5 edges · longest chain 3 tasks · not timed" in shown
 
 
+def test_a_node_tells_the_chip_a_task_ran_on_but_not_the_core() -> None:
+    a = Memory("a", "uint8", (4,), "a")
+    for lane, told in (("core", "a"), ("chip", "chip.1")):
+        tasks = tuple(
+            RunTask(label="t", lane=f"{lane}.{number}", operands=(Operand(Tag.OUTPUT, 0, 0, (4,), (1,)),))
+            for number in range(2)
+        )
+        assert told in texts(to_graph_svg(RunGraph(name="r", memory=(a,), tasks=tasks)))
+
+
 @pytest.mark.guarantee("D6")
 def test_a_picture_of_300_tasks_is_folded_until_a_screen_holds_it() -> None:
     run = scheduled(run_of("in" + "abcdefghi" * 33 + "o"), [1000] * 300)

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import attrs
 import pytest
+import torch
 from kernel_runs import LIMITS
+from native_runs import NEEDS_NATIVE
 
 from chipbus.errors import ConfigError
-from chipbus.kernels.memory import available_bytes, check_memory, default_kv_pages, replica_bytes
+from chipbus.kernels.int8 import Int8Matrix
+from chipbus.kernels.memory import available_bytes, check_memory, default_kv_pages, replica_bytes, weights_bytes
+from chipbus.kernels.native.weights import packed_bytes
+from chipbus.kernels.program import nbytes
 from chipbus.kernels.qwen3.model import ModelSpec
 from chipbus.kernels.qwen3.step import Limits
 
@@ -70,6 +75,42 @@ def test_more_than_there_is_is_refused_with_both_numbers(spec: ModelSpec) -> Non
 def test_a_page_costs_what_the_spec_says(spec: ModelSpec) -> None:
     more = replica_bytes(spec, attrs.evolve(LIMITS, num_pages=LIMITS.num_pages + 1))
     assert more - replica_bytes(spec, LIMITS) == spec.page_bytes(LIMITS.page_size)
+
+
+def wide(spec: ModelSpec, *, tied: bool) -> ModelSpec:
+    """With the shape of Qwen3-0.6B."""
+    return attrs.evolve(
+        spec, vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, num_kv_heads=8,
+        head_dim=128, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+@pytest.mark.guarantee("K47")
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_weights_are_counted_as_a_byte_each_and_eight_for_a_group_beside_the_table_in_its_dtype(
+    tied: bool, spec: ModelSpec
+) -> None:
+    spec = wide(spec, tied=tied)
+    head = 151_936 * 1024
+    layers = 28 * 1024 * (4096 + 2048 + 3 * 3072)
+    norms = 2 * (28 * (2 * 1024 + 2 * 128) + 1024)
+    assert weights_bytes(spec) == 2 * (layers + 2 * head) + norms
+    assert weights_bytes(spec, "int8") == (layers + head) * 136 // 128 + 2 * head + norms
+    less = weights_bytes(spec) - weights_bytes(spec, "int8")
+    assert replica_bytes(spec, LIMITS) - replica_bytes(spec, LIMITS, "int8") == less
+    check_memory(spec, LIMITS, 1, replica_bytes(spec, LIMITS, "int8"), "int8")
+    with pytest.raises(ConfigError, match="weights and"):
+        check_memory(spec, LIMITS, 1, replica_bytes(spec, LIMITS, "int8"))
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("weights", ["", "int8"])
+def test_what_is_counted_for_weights_is_what_packing_takes(weights: str, spec: ModelSpec) -> None:
+    spec = wide(spec, tied=True)
+    packed = sum(packed_bytes(*shape, weights or spec.dtype) for shape in spec.matrices())
+    kept = packed + nbytes(spec.dtype, (spec.vocab_size, spec.hidden_size))
+    assert 0.999 < weights_bytes(spec, weights) / kept < 1.001
+    assert Int8Matrix.of(torch.ones(6, 300)).nbytes <= 6 * (300 + 3 * 8)
 
 
 def bare(spec: ModelSpec) -> int:

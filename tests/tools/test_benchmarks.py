@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,22 @@ def test_engine_overhead_is_told_as_part_of_the_step(capsys: pytest.CaptureFixtu
         "tokens per second, all requests", "step", "engine overhead, step minus chip",
     ]  # fmt: skip
     assert rows[2].endswith("% of the step")
+
+
+@pytest.mark.slow
+def test_kernels_are_told_a_line_per_work_and_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.json"
+    assert run("kernels", "--rounds", "1", "--threads", "1", "--trace", str(trace)) == 0
+
+    where, engine, _, head, *rows, _ = capsys.readouterr().out.splitlines()
+    assert where.startswith(f"{benchmarks.machine()}; demo, 1 threads, 1 rounds")
+    assert engine.startswith("engine ")
+    assert head.split()[-4:] == ["%", "busy", "per", "core"]
+    works = ["decode 1", "decode 4", "decode 16", "prefill 128", "prefill 512"]
+    assert [row.split("  ")[0] for row in rows[:5]] == works
+    events = json.loads(trace.read_bytes())["traceEvents"]
+    processes = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert processes == ["decode 1 (wall clock)", "prefill 128 (wall clock)"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from chipbus.kernels.native.shapes import engine_of
 from chipbus.tools import console
 from chipbus.tools.run_commands import bus_run
 from support import eventually, our_processes, run_directories
@@ -144,6 +146,7 @@ BROKEN: dict[str, dict[str, str]] = {
         (["--devices", "cpu:0,cpu:1"], "needs 1"),
         (["--chip", "npu"], "chip kind 'npu' is unknown"),
         (["--dtype", "float16"], "dtype is 'float16'; it must be one of bfloat16, float32"),
+        (["--weights", "int4"], "weights is 'int4'; it must be int8 (from flag --weights)"),
         (["--kv-pages", "999999999"], "GiB is available"),
         (["--kv-pages", "1", "--max-model-len", "2000"], "less than"),
         (["--max-model-len", "99999999"], "the model was made for at most"),
@@ -239,6 +242,42 @@ def test_check_prints_placement_and_budget(capfd: pytest.CaptureFixture[str]) ->
     assert next(row for row in lines if row[:1] == ["all"])[:3] == ["all", "20", "320"]
     assert "160 tokens" in shown
     assert "available" in shown
+
+
+def test_check_says_which_engine_computes_and_what_int8_weights_take(capfd: pytest.CaptureFixture[str]) -> None:
+    said: dict[str, dict[str, str]] = {}
+    for weights in ("", "int8"):
+        assert here("check", "--kv-pages", "10", *(["--weights", weights] if weights else [])) == 0
+        lines = capfd.readouterr().out.splitlines()
+        said[weights] = {key: rest for key, _, rest in (line.partition(" ") for line in lines)}
+        assert said[weights]["engine"].strip() == engine_of(weights=weights)
+    assert "bfloat16, int8 weights," in said["int8"]["computed"]
+    assert "7.0 MiB" in said[""]["all"]
+    assert "4.0 MiB" in said["int8"]["all"]
+
+    assert here("check", "--kv-pages", "10", "--chip", "null", "--weights", "int8") == 0
+    assert "engine     null\n" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("K48")
+def test_check_numerics_says_what_it_probed_and_how_far_int8_weights_move_the_logits(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert here("check", "--kv-pages", "10", "--threads", "1", "--numerics", "--weights", "int8") == 0
+    told = capfd.readouterr().out
+    assert f"{engine_of().partition(':')[0]}: bfloat16 with int8 weights, 1 threads: " in told
+    found = re.search(
+        r"int8 against bfloat16 weights, logits at 128 positions of random texts: relative RMS error ([\d.]+)%, largest"
+        r" difference ([\d.]+), KL divergence ([\d.e-]+) nats, same likeliest token at ([\d.]+)%",
+        told,
+    )
+    assert found is not None
+    error, largest, divergence, agreement = map(float, found.groups())
+    assert 0.1 < error < 5
+    assert 0 < largest < 5
+    assert 0 < divergence < 0.02
+    assert 90 < agreement <= 100
 
 
 def test_print_config_shows_each_value_with_its_source(

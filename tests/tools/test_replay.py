@@ -16,9 +16,10 @@ from recordings import Recording
 
 from chipbus.bus import Progress, read_ledger
 from chipbus.errors import ChipbusError, ConfigError, LedgerCorrupt
+from chipbus.kernels.dispatch import Usage
 from chipbus.kernels.qwen3.model import ModelSpec
 from chipbus.tools import console
-from chipbus.tools.record_view import rows, summary
+from chipbus.tools.record_view import programs, rows, summary
 from chipbus.tools.replay import Outcome, merged_entries, open_record, replay_dispatches
 from chipbus.tools.replay_commands import bus_replay
 
@@ -300,6 +301,7 @@ def test_show_prints_the_summary_and_one_line_per_entry(recording: Recording) ->
     head, _, body = shown.stdout.partition("\n\n")
     assert "model     /models/nowhere, fingerprint ffff" in head
     assert "ledger    chip.0.0: 6 alloc, 1 chip, 32 dispatch, 6 free, 5 register" in head
+    assert "\nprogram   prefill: 2 launches of " in head
     assert len(body.splitlines()) == 60
     for words in ("← router       ask Submit", "step 1: req-1 prefill 0..4; running 1", "#1 of step 1: prefill, "):
         assert words in body
@@ -314,6 +316,25 @@ def test_show_as_json_is_one_object_per_line(recording: Recording) -> None:
     assert head["format"] == 1
     assert len(lines) == 60
     assert {line["kind"] for line in lines} == {"message", "batch", "chip", "register", "alloc", "free", "dispatch"}
+
+
+def test_a_record_tells_what_each_program_took(recording: Recording) -> None:
+    recording.run(PROMPTS)
+    record = open_record(recording.directory)
+
+    uses = programs(record)
+
+    assert [(use.program, use.launches) for use in uses] == [
+        ("prefill", 2), ("final_norm", 8), ("lm_head", 8), ("sample", 8), ("decode", 6),
+    ]  # fmt: skip
+    took = [row.facts["device_ns"] for row in rows(record, kind="dispatch") if row.facts["program"] == "decode"]
+    assert uses[-1].device_ns == sum(took)
+    assert str(uses[-1]) == f"decode: 6 launches of {sum(took) / 6e6:.3f} ms"  # a null chip counts nothing
+    counted = attrs.evolve(
+        uses[-1], usage=Usage(tasks=600, run_ns=2_000_000, busy_ns=(1_500_000, 2_000_000), bytes_read=10**7)
+    )
+    assert str(counted).endswith(" ms; in kernels 300,000 tasks/s, 5.0 GB/s read, cores 75 100 % busy")
+    assert summary(record)["programs"][-1]["launches"] == 6
 
 
 def test_dispatch_says_what_it_compared(recording: Recording) -> None:

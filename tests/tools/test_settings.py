@@ -21,16 +21,20 @@ from chipbus.tools.settings import PREFIX, Resolved, flag_names, resolve_setting
 FIELDS = [field.name for field in attrs.fields(EngineConfig)]
 OTHERS = {  # a valid value that is nobody's default, where the type alone does not give one
     "chip": "null", "dtype": "float32", "log_level": "debug", "devices": "null:3", "layers": "0:output",
-    "model": "else",
+    "model": "else", "weights": "int8",
 }  # fmt: skip
 
 
 def other_value(name: str) -> Any:
-    return OTHERS.get(name) or {int: 7, float: 2.5, Path: Path("somewhere")}[value_type(name)]
+    return OTHERS.get(name) or {bool: True, int: 7, float: 2.5, Path: Path("somewhere")}[value_type(name)]
+
+
+def as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_toml(value: Any) -> str:
-    return str(value) if isinstance(value, (int, float)) else f'"{value}"'
+    return as_text(value) if isinstance(value, (int, float)) else f'"{value}"'
 
 
 def of(resolved: Resolved, name: str) -> tuple[Any, str]:
@@ -44,8 +48,8 @@ def test_every_setting_is_reached_by_flag_variable_and_file_and_names_its_source
     file.write_text(f"{name} = {as_toml(value)}\n")
     variable = PREFIX + name.upper()
 
-    by_flag = resolve_settings({name: str(value)}, {}, None)
-    by_variable = resolve_settings({}, {variable: str(value)}, None)
+    by_flag = resolve_settings({name: as_text(value)}, {}, None)
+    by_variable = resolve_settings({}, {variable: as_text(value)}, None)
     by_file = resolve_settings({}, {}, file)
 
     assert value != getattr(EngineConfig(), name)
@@ -66,7 +70,7 @@ def test_every_spelling_of_every_flag_reaches_its_setting(name: str) -> None:
 
     value = str(other_value(name))
     for spelling in flag_names(name):
-        given_arguments = [value] if name == "model" else [spelling, value]
+        given_arguments = [value] if name == "model" else [spelling] if value == "True" else [spelling, value]
         result = CliRunner().invoke(command, given_arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
 
@@ -84,8 +88,8 @@ def test_a_flag_wins_over_a_variable_over_a_file_over_the_default(
         return {name: other_value(name) for name, where in places.items() if place in where}
 
     file.write_text("".join(f"{name} = {as_toml(value)}\n" for name, value in values("file").items()))
-    flags = {name: str(value) for name, value in values("flag").items()}
-    environ = {PREFIX + name.upper(): str(value) for name, value in values("variable").items()}
+    flags = {name: as_text(value) for name, value in values("flag").items()}
+    environ = {PREFIX + name.upper(): as_text(value) for name, value in values("variable").items()}
 
     resolved = resolve_settings(flags, environ, file)
 
@@ -100,7 +104,7 @@ def test_a_flag_wins_over_a_variable_over_a_file_over_the_default(
 
 
 def test_what_is_printed_is_a_file_that_gives_the_same_configuration(tmp_path: Path) -> None:
-    first = resolve_settings({name: str(other_value(name)) for name in FIELDS}, {}, None)
+    first = resolve_settings({name: as_text(other_value(name)) for name in FIELDS}, {}, None)
     odd = resolve_settings({"model": 'a "b" \\c\td\x7fé', "record": "x y"}, {}, None)
 
     for resolved in (first, odd, resolve_settings({}, {}, None)):
@@ -147,6 +151,9 @@ def test_ring_sizes_and_foreign_variables_are_left_alone() -> None:
         ({}, {}, "[engine]\nseed = 3", "unknown key 'engine'; "),
         ({}, {}, "seed = '3'", "seed in FILE is '3'; it must be an integer"),
         ({}, {}, "seed = true", "seed in FILE is True; it must be an integer"),
+        ({}, {"CHIPBUS_CHECK_NUMERICS": "yes"}, "", "CHIPBUS_CHECK_NUMERICS is 'yes'; it must be true or false"),
+        ({}, {}, "check_numerics = 1", "check_numerics in FILE is 1; it must be true or false"),
+        ({"weights": "int4"}, {}, "", "weights is 'int4'; it must be int8 (from flag --weights)"),
         ({}, {}, "seed = 1.0", "seed in FILE is 1.0; it must be an integer"),
         ({}, {}, "model = 3", "model in FILE is 3; it must be text"),
         ({}, {}, "start_timeout_s = true", "start_timeout_s in FILE is True; it must be a number"),
@@ -171,6 +178,11 @@ def test_a_wrong_setting_is_refused_with_source_value_and_rule(
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml cannot be read: No such file"):
         resolve_settings({}, {}, tmp_path / "none.toml")
+
+
+def test_a_variable_may_say_yes_and_no_in_digits() -> None:
+    for text, value in (("1", True), ("true", True), ("0", False), ("false", False)):
+        assert resolve_settings({}, {"CHIPBUS_CHECK_NUMERICS": text}, None).config.check_numerics is value
 
 
 def test_an_integer_will_do_for_a_number_in_a_file(tmp_path: Path) -> None:
