@@ -70,8 +70,8 @@ def choose(logits: Floats, choice: Choice, largest: Callable[[Floats], int] = _a
     token = largest(adjusted) if choice.temperature == 0 else _draw(adjusted, choice)
     if choice.logprobs < 0:
         return Chosen(token, float("nan"), [], [])
-    largest = logits.max()
-    total = float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
+    most = logits.max()
+    total = float(most) + float(np.log(np.exp(logits - most).sum(dtype=np.float64)))
     top = _descending(logits, min(choice.logprobs, len(logits)))
     return Chosen(token, float(logits[token]) - total, top.tolist(), (logits[top].astype(np.float64) - total).tolist())
 

@@ -44,8 +44,8 @@ void Mapping::map(bool is_writable) {
     madvise(begin_, bytes_, MADV_HUGEPAGE);
 }
 
-// Memory files get no huge pages by default (shmem_enabled is "never" in most distributions), and without them cores read
-// weights a fifth to a third slower. MADV_COLLAPSE does not ask that setting; of a range that holds one page and else
+// Memory files get no huge pages by default (shmem_enabled is "never" in most distributions); a 2-core Xeon reads 26 to
+// 30 GB/s without them, 33 to 35 with. MADV_COLLAPSE does not ask that setting; of a range that holds one page and else
 // nothing it makes a huge page at the price of zeroing it. MFD_HUGETLB would need pages that somebody has reserved.
 void Mapping::take_huge_pages(Cores& cores) {
     std::atomic<bool> are_out{false};

@@ -25,7 +25,7 @@ from .graph import NativeGraph
 
 __all__ = ["TileSizes", "measured"]
 
-_FORMAT = 1  # of what is measured: another one does not count
+_FORMAT = 2  # of what is measured: another one does not count
 _WORTH_MEASURING = 1 << 20  # weights; for fewer any tile will do
 _LAYERS = 6  # measured on: enough for weights to come from memory, as they do in a step
 _ROUNDS = 5
@@ -85,10 +85,10 @@ def _measure(cores: Any, spec: ModelSpec, matrices: Mapping[str, Any]) -> TileSi
     def least(names: Iterable[str], tokens: int, tile_tokens: int, columns: int) -> float:
         return _seconds(cores, [(name, matrices[name]) for name in names], spec.dtype, tokens, tile_tokens, columns)
 
-    default = TileSizes()
     row_columns = min((64, 128, 256, 512), key=lambda columns: least(layers, _ROWS, 0, columns))
     head_columns = min((256, 1024, 2048, 8192), key=lambda columns: least(["lm_head"], _ROWS, 0, columns))
-    prompt = [(default.prompt_tokens, 128), (default.prompt_tokens, 256), (256, 256), (512, 128)]
+    prompt = [(tokens, columns) for tokens in (64, 128) for columns in (128, 256, 512)]
+    # No more tokens than that: norms and rotation are cut like linears, and have no columns to share out.
     tokens, columns = min(prompt, key=lambda size: least(layers[:4], _PROMPT, *size))
     return TileSizes(row_columns=row_columns, head_columns=head_columns, prompt_columns=columns, prompt_tokens=tokens)
 

@@ -156,6 +156,7 @@ TEST(a_single_chain_is_handed_from_core_to_core) {
     std::vector<Node> nodes(tasks.size());
     for (size_t at = 0; at < tasks.size(); ++at) {
         tasks[at] = Task{};
+        tasks[at].kernel = kLinear;
         tasks[at].args[0].data = reinterpret_cast<char*>(&nodes[at]);
         tasks[at].next_begin = tasks[at].next_end = static_cast<int32_t>(at);
         if (at > 0) nodes[at].before.push_back(&nodes[at - 1]);
