@@ -454,27 +454,49 @@ struct Block {
     const char *keys[kKeyBlock], *values[kKeyBlock];
 };
 
-// A row of keys or values of the block after this one, on its way to the cache.
-inline void fetch(const char* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
-}
+// The keys and values of the next block, on their way to the cache while this one is computed. Asked for a few lines at a
+// time: a core has some 20 misses under way, and whoever asks for more waits.
+class Fetch {
+  public:
+    Fetch(const Block& block, int64_t bytes) : rows_(block.keys), bytes_(bytes) {}
+
+    void lines(int count) {
+        for (; count > 0 && row_ < 2 * kKeyBlock; --count) {
+            _mm_prefetch(rows_[row_] + at_, _MM_HINT_T1);
+            at_ += 64;
+            if (at_ >= bytes_) {
+                at_ = 0;
+                ++row_;
+            }
+        }
+    }
+
+    void rest() { lines(2 * kKeyBlock * static_cast<int>((bytes_ + 63) / 64)); }
+
+  private:
+    const char* const* rows_;  // keys, and right behind them values
+    int64_t bytes_, at_ = 0;
+    int row_ = 0;
+};
 
 template <class Value>
-inline void pack_keys(const Block& block, const Block& next, int64_t dim, char* packed) {
+inline void pack_keys(const Block& block, int64_t dim, char* packed, Fetch& fetch) {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(Value));
     for (int group = 0; group < kKeyBlock; group += 16) {
         const char* const* rows = block.keys + group;
-        for (int row = group; row < group + 16; ++row) fetch(next.keys[row], bytes);
         int64_t at = 0;
-        for (; at + 64 <= bytes; at += 64) transpose_dwords(rows, at, packed + at / 4 * (4 * kKeyBlock) + 4 * group, 4 * kKeyBlock);
+        for (; at + 64 <= bytes; at += 64) {
+            transpose_dwords(rows, at, packed + at / 4 * (4 * kKeyBlock) + 4 * group, 4 * kKeyBlock);
+            fetch.lines(8);
+        }
         for (; at < bytes; at += 4)
             for (int row = 0; row < 16; ++row) __builtin_memcpy(packed + at / 4 * (4 * kKeyBlock) + 4 * (group + row), rows[row] + at, 4);
     }
 }
 
-inline void pack_values(const char* const* rows, int64_t dim, uint16_t*, char* packed) {
-    for (int64_t panel = 0; panel * kPanel < dim; ++panel)
-        for (int position = 0; position < kKeyBlock; position += 2) {
+inline void pack_values(const char* const* rows, int64_t dim, uint16_t*, char* packed, Fetch& fetch) {
+    for (int position = 0; position < kKeyBlock; position += 2) {
+        for (int64_t panel = 0; panel * kPanel < dim; ++panel) {
             const uint16_t* even = reinterpret_cast<const uint16_t*>(rows[position]) + panel * kPanel;
             const uint16_t* odd = reinterpret_cast<const uint16_t*>(rows[position + 1]) + panel * kPanel;
             char* out = packed + panel * (kKeyBlock * kPanel * 2) + position / 2 * (4 * kPanel);
@@ -486,11 +508,13 @@ inline void pack_values(const char* const* rows, int64_t dim, uint16_t*, char* p
                 __builtin_memcpy(out + 4 * column, pair, 4);
             }
         }
+        fetch.lines(8);
+    }
 }
 
-inline void pack_values(const char* const* rows, int64_t dim, float*, char* packed) {
-    for (int64_t panel = 0; panel * kPanel < dim; ++panel)
-        for (int position = 0; position < kKeyBlock; ++position) {
+inline void pack_values(const char* const* rows, int64_t dim, float*, char* packed, Fetch& fetch) {
+    for (int position = 0; position < kKeyBlock; ++position) {
+        for (int64_t panel = 0; panel * kPanel < dim; ++panel) {
             const float* from = reinterpret_cast<const float*>(rows[position]) + panel * kPanel;
             float* out = reinterpret_cast<float*>(packed + panel * (kKeyBlock * kPanel * 4) + position * (4 * kPanel));
             for (int64_t c = 0; c < kPanel; c += 16) {
@@ -498,6 +522,8 @@ inline void pack_values(const char* const* rows, int64_t dim, float*, char* pack
                 store(out + c, count > 0 ? load_some(from + c, count) : zero());
             }
         }
+        fetch.lines(8);
+    }
 }
 
 // One row's scores of a block become chances: keys from ``visible`` on have none. Scales what the row has so far.
@@ -537,13 +563,17 @@ struct Pages {
 
     // The block of positions from ``base`` on; ``nothing`` from ``context`` on.
     void find(int64_t base, int64_t context, const char* nothing, Block& block) const {
-        for (int i = 0; i < kKeyBlock; ++i) {
-            const int64_t position = base + i;
-            const bool is_there = position < context;
-            const int64_t offset = is_there ? (table[position / page_size] * page_size + position % page_size) * row_bytes : 0;
-            block.keys[i] = is_there ? keys + offset : nothing;
-            block.values[i] = is_there ? values + offset : nothing;
+        const int64_t left = context - base;
+        const int known = left < 0 ? 0 : left < kKeyBlock ? static_cast<int>(left) : kKeyBlock;
+        int64_t page = base / page_size, inside = base % page_size;  // a division for each position would be seen
+        for (int i = 0; i < known; ++page, inside = 0) {
+            int64_t offset = (table[page] * page_size + inside) * row_bytes;
+            for (; i < known && inside < page_size; ++i, ++inside, offset += row_bytes) {
+                block.keys[i] = keys + offset;
+                block.values[i] = values + offset;
+            }
         }
+        for (int i = known; i < kKeyBlock; ++i) block.keys[i] = block.values[i] = nothing;
     }
 };
 
@@ -577,16 +607,15 @@ inline void attend(const AttentionMemory<W>& memory, const Queries& queries, con
             queries.pages.find(base + kKeyBlock, context, nothing, ahead);
         else
             next->pages.find(0, next->context(), nothing, ahead);
-        pack_keys<Value>(here, ahead, dim, memory.keys);
-        pack_values(here.values, dim, static_cast<Value*>(nullptr), memory.values);
+        Fetch fetch(ahead, bytes);
+        pack_keys<Value>(here, dim, memory.keys, fetch);
+        pack_values(here.values, dim, static_cast<Value*>(nullptr), memory.values, fetch);
         const int first = base > position ? static_cast<int>(base - position) * group : 0;  // rows before see nothing here
-        int fetched = 0;
         for (int row = first; row < rows; row += kBlockRows) {
             const int count = rows - row < kBlockRows ? rows - row : kBlockRows;
-            const int wanted = static_cast<int>((row + count - first) * int64_t{kKeyBlock} / (rows - first));
-            for (; fetched < wanted; ++fetched) fetch(ahead.values[fetched], bytes);
             __builtin_memset(memory.scores + row * kKeyBlock, 0, static_cast<size_t>(count) * kKeyBlock * 4);
             multiply_rows<W, 0>(count, memory.queries + row * dim, dim, memory.keys, dim / W::kStep, memory.scores + row * kKeyBlock, nullptr);
+            fetch.lines(64);
             for (int r = row; r < row + count; ++r) {
                 const int64_t seen = position + r / group - base + 1;
                 soften(memory, r, seen < kKeyBlock ? static_cast<int>(seen) : kKeyBlock, scale);
@@ -596,6 +625,7 @@ inline void attend(const AttentionMemory<W>& memory, const Queries& queries, con
                                     memory.values + panel * (kKeyBlock * kPanel * static_cast<int64_t>(sizeof(Value))), kKeyBlock / W::kStep,
                                     memory.sums + (panel * kQueryRows + row) * kPanel, nullptr);
         }
+        fetch.rest();
     }
 }
 

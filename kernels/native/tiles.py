@@ -96,7 +96,7 @@ def _measure(cores: Any, spec: ModelSpec, matrices: Mapping[str, Any]) -> TileSi
 def _seconds(
     cores: Any, matrices: Iterable[tuple[str, Any]], dtype: str, tokens: int, tile_tokens: int, columns: int
 ) -> float:
-    """The least time of several for one linear after another, each waiting for the whole one before it."""
+    """The least time of several for one linear after another."""
     builder = GraphBuilder("measure")
     memory: dict[str, Any] = {}
 
@@ -105,25 +105,14 @@ def _seconds(
         memory.setdefault(name, torch.zeros(tokens, width, dtype=getattr(torch, dtype)))
         return builder.bound(name, dtype, tokens, width)
 
-    before: list[int] = []
     for name, matrix in matrices:
         memory[name] = matrix
         rows, inner = matrix.shape
         x, w, y = activations("x", inner), builder.bound(name, dtype, rows, inner), activations("y", rows)
-        before = [
-            builder.submit(
-                "linear",
-                (Tag.INPUT, x[begin:end]),
-                (Tag.INPUT, w[left:right]),
-                (Tag.NO_DEP, y[begin:end, left:right]),
-                after=before,
-                epilogue="none",
-                bias=0,
-                first_token=begin,
-            )
-            for left, right in spans(rows, columns)
-            for begin, end in spans(tokens, tile_tokens)
-        ]
+        for left, right in spans(rows, columns):
+            for begin, end in spans(tokens, tile_tokens):
+                args = (Tag.INPUT, x[begin:end]), (Tag.INPUT, w[left:right]), (Tag.NO_DEP, y[begin:end, left:right])
+                builder.submit("linear", *args, epilogue="none", bias=0, first_token=begin)
     graph = NativeGraph(
         cores, builder.build(), memory, HeapArenas(lambda count, _: torch.empty(count, dtype=torch.uint8))
     )

@@ -141,12 +141,13 @@ inline void transpose_dwords(const char* const* rows, int64_t at, char* columns,
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(columns + i * stride, a[i]);
 }
 
+// Which of 64 halves, 32 of x and 32 of y, make pairs: x0 y0 x1 y1 …
+alignas(64) constexpr uint16_t kFirstPairs[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
 // Two rows of 32 bf16 as 32 pairs: x0 y0 x1 y1 …
 inline void interleave_pairs(const uint16_t* x, const uint16_t* y, char* out) {
-    const __m512i wide_x0 = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-    const __m512i wide_x1 = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16)));
-    const __m512i wide_y0 = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y)));
-    const __m512i wide_y1 = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y + 16)));
-    _mm512_storeu_si512(out, _mm512_or_si512(wide_x0, _mm512_slli_epi32(wide_y0, 16)));
-    _mm512_storeu_si512(out + 64, _mm512_or_si512(wide_x1, _mm512_slli_epi32(wide_y1, 16)));
+    const __m512i first = _mm512_load_si512(kFirstPairs), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    const __m512i from_x = _mm512_loadu_si512(x), from_y = _mm512_loadu_si512(y);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(from_x, first, from_y));
+    _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi16(from_x, second, from_y));
 }
