@@ -38,7 +38,7 @@ test-torch: $(VENV)/.installed-dev  ## kernels and whole engines once more, on a
 	CC=false CXX=false $(PIP) --python build/torch/bin/python $(INSTALL) --no-deps --ignore-installed .
 	build/torch/bin/python -P -c 'from chipbus.kernels import native; assert native.library is None'
 	cd build/torch && bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. ../../tests/kernels ../../tests/e2e \
-		-k 'not (widths_of_qwen3 and bfloat16)'  # two tests of a minute each where torch has no AMX
+		--timeout 200 -k 'not (widths_of_qwen3 and bfloat16)'  # two of a minute each where torch has no AMX
 
 sanitize:  ## the native engine's tests in C++ under address, undefined and thread sanitizers: needs a C++20 compiler alone
 	@$(MAKE) --no-print-directory --output-sync -j$$(nproc) -f tests/native/Makefile
