@@ -6,7 +6,6 @@
 #include <cerrno>
 #include <cstring>
 #include <exception>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -93,7 +92,6 @@ PYBIND11_MODULE(_native, module) {
     module.attr("PANEL") = kPanel;
     module.attr("GROUP") = kGroup;
     module.attr("MAX_HEAD_DIM") = kMaxHeadDim;
-    module.attr("MAX_ARGS") = kMaxArgs;
     module.attr("TASK_BYTES") = sizeof(Task);
     module.attr("KERNELS") = std::vector<std::string>{"load_rows", "rotary_table", "rms_norm", "linear", "rotate_and_store", "paged_attention", "store_rows"};
     module.attr("HUGE_PAGE") = kHugePage;

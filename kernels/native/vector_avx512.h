@@ -90,7 +90,6 @@ struct Float32 {
 struct Int8 {
     using Sum = __m512i;
     using Four = __m512i;
-    static Sum zero() { return _mm512_setzero_si512(); }
     static Four weights(const char* p) { return _mm512_loadu_si512(p); }
     static Four inputs(const int8_t* p) {
         int32_t four;
