@@ -89,6 +89,9 @@ class EngineConfig:
         False, "end a request with the task that wrote NaN, where one did; slower", _yes_or_no
     )
     max_restarts: int = _setting(5, "deaths of one child allowed within 30 s", _whole(0))
+    max_request_restarts: int = _setting(
+        3, "restarts of a request that do not get it one token further, before WorkerDied", _whole(0)
+    )
     start_timeout_s: float = _setting(
         300.0, "until every process is ready, seconds", _seconds, flags=("--start-timeout",)
     )

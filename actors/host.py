@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import attrs
 
-from ..bus import Ask
-from ..errors import Aborted, ChipbusError, PeerGone, WorkerDied
+from ..bus import Ask, pack_tokens
+from ..errors import Aborted, BadFrame, ChipbusError, PeerGone, WorkerDied
+from .attempts import Attempts
 from .boot import SUPERVISOR
 from .messages.serving import Encoded, Generate, TextDelta, TextDone
 from .messages.tree import AllReplicaStatistics, GroupLost, ReplicaStatistics, ReplicaStatisticsRequest
@@ -23,19 +24,30 @@ TOKENIZER = "tokenizer.0"
 STATISTICS_TIMEOUT_S = 5.0
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Request:
     """One completion under way."""
 
-    ask: Ask
+    message: Generate
+    index: int  # of the completion in ``state``
     state: RequestState
+    deadline_ns: int
+    attempts: Attempts  # on lives of the tokenizer
+    trace_id: bytes
+    ask: Ask | None = None
+
+    def withdraw(self) -> None:
+        """Nothing more is heard of it."""
+        if self.ask is not None:
+            self.ask.cancel()
 
 
 class HostActor(TreeActor):
     """Puts requests on the bus and their answers into ``RequestState``."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_request_restarts: int) -> None:
         super().__init__()
+        self._max_request_restarts = max_request_restarts
         self._requests: dict[str, _Request] = {}
         self._dead: ChipbusError | None = None
         self._statistics_pending = False
@@ -50,43 +62,65 @@ class HostActor(TreeActor):
             state.failed(self._dead)
             return
         self.requests_total += 1
-        request_id = message.request_id
+        deadline_ns = self.ctx.clock.now_ns() + int(timeout_s * 1e9)
+        attempts = Attempts(self._max_request_restarts)
+        request = _Request(message, index, state, deadline_ns, attempts, self.ctx.random.randbytes(16))
+        self._requests[message.request_id] = request
+        self._send(request)
 
-        def on_item(item: object) -> None:
-            if isinstance(item, Encoded):
-                state.encoded(item)
-            elif isinstance(item, TextDelta):
-                state.delta(index, item)
-
-        def on_reply(reply: object) -> None:
-            del self._requests[request_id]
-            assert isinstance(reply, TextDone)
-            state.done(index, reply)
-            self.refresh_statistics(None)
-
-        def on_error(error: ChipbusError) -> None:
-            del self._requests[request_id]
-            lost = WorkerDied(f"request {request_id} was lost: {error}") if isinstance(error, PeerGone) else error
-            state.failed(self._dead or lost)
-            self.refresh_statistics(None)
-
-        ask = self.ctx.ask(
+    def _send(self, request: _Request) -> None:
+        """Ask the tokenizer, which may be starting just now, for what has not come yet."""
+        message = attrs.evolve(
+            request.message,
+            generated=pack_tokens(request.state.token_ids(request.index)),
+            attempt=request.attempts.number,
+        )
+        request.ask = self.ctx.ask(
             TOKENIZER,
             message,
-            timeout_s=timeout_s,
-            on_item=on_item,
-            on_reply=on_reply,
-            on_error=on_error,
-            trace_id=self.ctx.random.randbytes(16),
+            timeout_s=max(request.deadline_ns - self.ctx.clock.now_ns(), 1) / 1e9,
+            on_item=lambda item: self._item(request, item),
+            on_reply=lambda reply: self._done(request, reply),
+            on_error=lambda error: self._failed(request, error),
+            trace_id=request.trace_id,
             wait_for_link=True,
         )
-        self._requests[request_id] = _Request(ask, state)
+
+    def _item(self, request: _Request, item: object) -> None:
+        if isinstance(item, Encoded):
+            if request.attempts.number == 1:
+                ids = item.prompt_token_ids  # a later life need not render and encode once more
+                request.message = attrs.evolve(request.message, prompt=None, turns=(), prompt_token_ids=ids)
+            request.state.encoded(item)
+        elif isinstance(item, TextDelta):
+            try:
+                request.state.delta(request.index, item)
+            except BadFrame as error:
+                request.withdraw()
+                self._failed(request, error)
+
+    def _done(self, request: _Request, reply: object) -> None:
+        assert isinstance(reply, TextDone)
+        del self._requests[request.message.request_id]
+        request.state.done(request.index, reply)
+        self.refresh_statistics(None)
+
+    def _failed(self, request: _Request, error: ChipbusError) -> None:
+        """The request failed further down, or the tokenizer died: its next life goes on where this one was."""
+        if isinstance(error, PeerGone) and self._dead is None:
+            if request.attempts.lost(len(request.state.token_ids(request.index))):
+                self._send(request)
+                return
+            error = WorkerDied(request.attempts.spent(error))
+        del self._requests[request.message.request_id]
+        request.state.failed(self._dead or error)
+        self.refresh_statistics(None)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request; its pages are freed within a step. Unknown or ended ids are ignored."""
         request = self._requests.pop(request_id, None)
         if request is not None:
-            request.ask.cancel()
+            request.withdraw()
             request.state.failed(Aborted(f"request {request_id} was aborted by its caller"))
             self.refresh_statistics(None)
 
@@ -95,7 +129,7 @@ class HostActor(TreeActor):
         self._dead = error
         while self._requests:
             _, request = self._requests.popitem()
-            request.ask.cancel()
+            request.withdraw()
             request.state.failed(error)
 
     def is_fatal(self, lost: GroupLost) -> bool:

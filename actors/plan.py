@@ -78,6 +78,7 @@ class EnginePlan:
                 "model": str(self.model_dir),
                 "max_model_len": self.max_model_len,
                 "eos_token_ids": self.spec.eos_token_ids,
+                "max_request_restarts": self.config.max_request_restarts,
             },
             start_timeout_s=timeout_s,
         )
@@ -85,7 +86,11 @@ class EnginePlan:
             name=ROUTER,
             kind="router",
             connect=(TOKENIZER,),
-            config={"replicas": [place.name for place in replicas], "max_waiting": self.config.max_waiting},
+            config={
+                "replicas": [place.name for place in replicas],
+                "max_waiting": self.config.max_waiting,
+                "max_request_restarts": self.config.max_request_restarts,
+            },
             start_timeout_s=timeout_s,
         )
         return (tokenizer, router, *(child for place in replicas for child in self._group(place)))
@@ -107,6 +112,7 @@ class EnginePlan:
                 "limits": msgspec.to_builtins(self.limits),
                 "prefill_chunk_tokens": self.config.prefill_chunk_tokens,
                 "max_waiting": self.config.max_waiting,
+                "max_request_restarts": self.config.max_request_restarts,
                 "load_timeout_s": self.config.start_timeout_s,
                 "step_timeout_s": STEP_TIMEOUT_S,
             },

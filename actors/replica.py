@@ -16,21 +16,19 @@ import attrs
 import msgspec
 
 from ..bus import Actor, Call, Progress, Ready, handles, pack_tokens, unpack_tokens
-from ..errors import ChipbusError, WorkerDied, WorkerLost
+from ..errors import Aborted, ChipbusError, WorkerDied, WorkerLost
 from ..kernels.dispatch import Completion
 from ..kernels.qwen3.model import ModelSpec
 from ..kernels.qwen3.step import Limits, ModelPrograms, build_step, read_step
+from .attempts import Attempts
 from .boot import SUPERVISOR
 from .lane import ChipLane, Outcome
 from .messages.launching import AllocTensor, RegisterProgram
 from .messages.serving import LogprobRow, Submit, TokenDelta, TokensDone
 from .messages.tree import ReplicaStatistics, ReplicaStatisticsRequest, StartError
-from .scheduler import Batch, Scheduler, SchedulerConfig, TokenEvent
+from .scheduler import Batch, Ending, Scheduler, SchedulerConfig, TokenEvent
 
 __all__ = ["ReplicaActor", "ReplicaConfig"]
-
-MAX_CHIP_DEATHS = 2
-"""A request that was on the chip at this many deaths is refused: it may be what kills the chip."""
 
 
 @attrs.frozen(kw_only=True)
@@ -46,6 +44,7 @@ class ReplicaConfig:
     limits: Limits
     prefill_chunk_tokens: int
     max_waiting: int
+    max_request_restarts: int
     load_timeout_s: float  # for one program or tensor to become resident
     step_timeout_s: float  # for one dispatch
 
@@ -56,8 +55,8 @@ class _Serving:
 
     call: Call
     arrived_ns: int
-    attempt: int
-    chip_deaths: int = 0
+    attempts: Attempts  # on lives of the chip
+    num_tokens: int  # of its answer, delivered by this or an earlier life
     first_step_ns: int = 0
     first_token_ns: int = 0
 
@@ -129,11 +128,8 @@ class ReplicaActor(Actor):
         if step is not None:
             for row in step.batch.record.rows:
                 serving = self._serving.get(row.request_id)
-                if serving is not None:
-                    serving.chip_deaths += 1
-                    if serving.chip_deaths >= MAX_CHIP_DEATHS:
-                        times = f"{self.config.chip} died {MAX_CHIP_DEATHS} times under it"
-                        self._fail(row.request_id, WorkerDied(f"{times}: {lost}"))
+                if serving is not None and not serving.attempts.lost(serving.num_tokens):
+                    self._fail(row.request_id, WorkerDied(serving.attempts.spent(lost)))
             self._scheduler.drop(step.batch)
         self._scheduler.lose_pages()
 
@@ -158,14 +154,27 @@ class ReplicaActor(Actor):
 
     @handles(Submit)
     def _submit(self, message: Submit, call: Call) -> None:
-        self._scheduler.add(message.request_id, unpack_tokens(message.prompt_token_ids), message.params)
-        self._serving[message.request_id] = _Serving(call, self.ctx.clock.now_ns(), message.attempt)
-        call.on_cancel(lambda _: self._abort(message.request_id))
+        request_id, generated = message.request_id, unpack_tokens(message.generated)
+        self._fail(request_id, Aborted(f"a later attempt has taken the place of request {request_id}"))
+        ending = self._scheduler.add(
+            request_id, unpack_tokens(message.prompt_token_ids), message.params, generated,
+            is_admitted=message.attempt > 1,
+        )  # fmt: skip
+        attempts = Attempts(self.config.max_request_restarts, message.attempt)
+        serving = _Serving(call, self.ctx.clock.now_ns(), attempts, len(generated))
+        if ending is not None:  # only its last word was lost
+            serving.first_step_ns = serving.first_token_ns = serving.arrived_ns
+            self._end(serving, ending)
+            return
+        self._serving[request_id] = serving
+        call.on_cancel(lambda _: self._abort(request_id, call))
         self._launch()
 
-    def _abort(self, request_id: str) -> None:
-        self._serving.pop(request_id, None)
-        self._scheduler.abort(request_id)
+    def _abort(self, request_id: str, call: Call) -> None:
+        serving = self._serving.get(request_id)
+        if serving is not None and serving.call is call:  # a later attempt may have taken its place
+            del self._serving[request_id]
+            self._scheduler.abort(request_id)
 
     def _fail(self, request_id: str, error: ChipbusError) -> None:
         serving = self._serving.pop(request_id, None)
@@ -233,21 +242,25 @@ class ReplicaActor(Actor):
         if token.logprob is not None:
             rows = (LogprobRow(token.token_id, token.logprob, token.top_ids, token.top_logprobs),)
         ids = pack_tokens([token.token_id])
+        serving.num_tokens = event.token_index + 1
         serving.call.item(TokenDelta(token_index=event.token_index, token_ids=ids, logprobs=rows))
-        if event.finish_reason is not None:
+        if event.ending is not None and serving.call.is_open:  # it closes if nobody reads
             del self._serving[event.request_id]
-            serving.call.reply(
-                TokensDone(
-                    finish_reason=event.finish_reason,
-                    stop_token_id=event.stop_token_id,
-                    replica=self.config.replica,
-                    dp_rank=self.config.dp_rank,
-                    attempt=serving.attempt + serving.chip_deaths,
-                    queued_s=(serving.first_step_ns - serving.arrived_ns) / 1e9,
-                    prefill_s=(serving.first_token_ns - serving.first_step_ns) / 1e9,
-                    decode_s=(now_ns - serving.first_token_ns) / 1e9,
-                )
+            self._end(serving, event.ending)
+
+    def _end(self, serving: _Serving, ending: Ending) -> None:
+        serving.call.reply(
+            TokensDone(
+                finish_reason=ending.finish_reason,
+                stop_token_id=ending.stop_token_id,
+                replica=self.config.replica,
+                dp_rank=self.config.dp_rank,
+                attempt=serving.attempts.number,
+                queued_s=(serving.first_step_ns - serving.arrived_ns) / 1e9,
+                prefill_s=(serving.first_token_ns - serving.first_step_ns) / 1e9,
+                decode_s=(self.ctx.clock.now_ns() - serving.first_token_ns) / 1e9,
             )
+        )
 
     # What others ask.
 

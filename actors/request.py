@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import attrs
 
 from ..bus import unpack_tokens
-from ..errors import ChipbusError
+from ..errors import BadFrame, ChipbusError
 from .messages.serving import Encoded, LogprobRow, TextDelta, TextDone
 from .outputs import CompletionOutput, RequestOutput, Timing
 
@@ -50,19 +50,26 @@ class RequestState:
 
     # Written on the bus thread.
 
+    def token_ids(self, index: int) -> Sequence[int]:
+        """Everything of completion ``index`` that has come."""
+        return self._completions[index].token_ids
+
     def encoded(self, item: Encoded) -> None:
-        """The prompt as the model sees it."""
+        """The prompt as the model sees it; what the first attempt said of it holds."""
         with self._lock:
+            if self._prompt_token_ids:
+                return
             self._prompt = item.prompt
             self._prompt_token_ids = tuple(unpack_tokens(item.prompt_token_ids).tolist())
 
     def delta(self, index: int, item: TextDelta) -> None:
-        """More of completion ``index``; a token index already seen is dropped (a late answer of an earlier attempt)."""
+        """More of completion ``index``. Raises ``BadFrame`` if it does not begin where the last one ended."""
         with self._lock:
             completion = self._completions[index]
             ids = unpack_tokens(item.token_ids).tolist()
             if item.token_index != len(completion.token_ids):
-                return
+                came = f"token {item.token_index} of request {self.request_id} came"
+                raise BadFrame(f"{came} where token {len(completion.token_ids)} was expected")
             if completion.first_token_s is None and ids:
                 completion.first_token_s = time.monotonic()
             completion.token_ids += ids

@@ -1,21 +1,25 @@
 """Router: sends each request to one replica core, and its answers back. Present with one replica, too.
 
-Owns: which replicas serve, where each open request is, and the load of each target. Thread: the bus loop.
+Owns: which replicas serve, where each open request is, what of its answer has come, and the load of each target.
+Thread: the bus loop.
 
     tokenizer ──Submit──▶ router ──Submit──▶ replica core
               ◀─ Routed, TokenDelta…, TokensDone ─
+
+When a replica core dies its requests go to another one, or to its next life, with the tokens that have come so far; the
+answer goes on behind them.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import attrs
 import msgspec
 
 from ..bus import Actor, Ask, Call, Ready, handles
-from ..errors import BadFrame, ChipbusError, ConfigError, Overloaded, PeerGone, RestartLimit, WorkerDied
+from ..errors import Aborted, BadFrame, ChipbusError, ConfigError, Overloaded, PeerGone, RestartLimit, WorkerDied
+from .attempts import Attempts
 from .messages.routing import Routed
 from .messages.serving import Submit, TokenDelta, TokensDone
 from .messages.tree import GroupLost
@@ -34,17 +38,31 @@ class RouterConfig:
     """Node names of the replica cores: ``replica.0``, …"""
     max_waiting: int
     """Requests held while no replica is up, before ``Overloaded``."""
+    max_request_restarts: int
+    """Deaths of replica cores that a request survives without a token in between."""
 
 
 @attrs.define(eq=False)
 class _Request:
     """One open ``Submit``."""
 
-    key: int
     submit: Submit
     call: Call
-    target: Target | None = None  # None: no replica was up yet
+    attempts: Attempts
+    generated: bytearray  # packed ids of the answer so far
+    target: Target | None = None  # None: it waits for a replica
     ask: Ask | None = None
+    full: set[Target] = attrs.field(factory=set)  # replicas whose queue would not take it
+
+    @property
+    def key(self) -> str:
+        """Its id."""
+        return self.submit.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its answer that have come."""
+        return len(self.generated) // _TOKEN_BYTES
 
 
 def _target(name: str) -> Target:
@@ -63,8 +81,7 @@ class RouterActor(Actor):
         self._load = LoadLedger(tuple(self._targets.values()))
         self._up: set[Target] = set()
         self._lost: dict[Target, str] = {}  # replicas that stay down, and why
-        self._keys = itertools.count(1)
-        self._requests: dict[int, _Request] = {}  # in order of arrival
+        self._requests: dict[str, _Request] = {}  # in order of arrival
 
     def on_peer_up(self, name: str) -> None:
         """A replica came up: it may serve, and requests that waited for one go out."""
@@ -76,17 +93,22 @@ class RouterActor(Actor):
                 self._send(request)
 
     def on_peer_down(self, name: str, reason: str) -> None:
-        """A replica ended. The bus has failed its asks, and thereby their requests, already."""
+        """A replica ended. The bus has failed its asks already, so its requests wait for another one."""
         if name in self._targets:
             self._up.discard(self._targets[name])
 
     @handles(Submit)
     def _submit(self, submit: Submit, call: Call) -> None:
-        refusal = self._refusal()
+        earlier = self._requests.get(submit.request_id)
+        if earlier is not None:  # its asker has lost it, and the word of that is still on its way
+            self._withdraw(earlier)
+            self._fail(earlier, Aborted(f"a later attempt has taken the place of request {submit.request_id}"))
+        refusal = self._refusal(submit)
         if refusal is not None:
             call.fail(refusal)
             return
-        request = _Request(next(self._keys), submit, call)
+        attempts = Attempts(self._config.max_request_restarts, submit.attempt)
+        request = _Request(submit, call, attempts, bytearray(submit.generated))
         self._requests[request.key] = request
         call.on_cancel(lambda _reason: self._cancelled(request))
         self._send(request)
@@ -99,13 +121,11 @@ class RouterActor(Actor):
         if target is None:
             return
         self._lost[target] = lost.text
-        for request in list(self._requests.values()):
-            if request.target == target:
-                if request.ask is not None:
-                    request.ask.cancel()
-                error = WorkerDied(f"replica {target.replica} is lost: {lost.text}")
-                self._fail(request, error if self._serving() else self._nobody())
-            elif not self._serving():
+        for request in [r for r in self._requests.values() if r.target == target]:
+            self._withdraw(request)
+            self._lose(request, WorkerDied(f"replica {target.replica} is lost: {lost.text}"))
+        if not self._serving():
+            for request in list(self._requests.values()):
                 self._fail(request, self._nobody())
 
     def load(self) -> dict[str, int]:
@@ -123,12 +143,15 @@ class RouterActor(Actor):
         return [target for target in self._targets.values() if target not in self._lost]
 
     def _eligible(self) -> set[Target]:
-        return self._up.intersection(self._serving())
+        linked = self.ctx.peers()  # without one that is just going, whose asks fail before ``on_peer_down``
+        return {target for target in self._up.intersection(self._serving()) if target.name in linked}
 
-    def _refusal(self) -> ChipbusError | None:
-        """Why a new request cannot even wait; None if it can be taken."""
+    def _refusal(self, submit: Submit) -> ChipbusError | None:
+        """Why a request cannot even wait; None if it can be taken. One that was admitted before always may wait."""
         if not self._serving():
             return self._nobody()
+        if submit.attempt > 1:
+            return None
         waiting = 0 if self._eligible() else len(self._requests)
         if waiting >= self._config.max_waiting:
             return Overloaded(
@@ -142,13 +165,15 @@ class RouterActor(Actor):
         return RestartLimit(f"no replica is left to serve the request ({reasons})")
 
     def _send(self, request: _Request) -> None:
-        """Send a request to the least loaded replica; it keeps waiting if none is up."""
-        target = self._load.choose(self._eligible())
+        """Send a request to the least loaded replica that may take it; it keeps waiting if none is up."""
+        target = self._load.choose(self._eligible() - request.full)
         if target is None:
             return
-        submit, call = request.submit, request.call
+        call, had = request.call, request.num_tokens
+        submit = attrs.evolve(request.submit, generated=bytes(request.generated), attempt=request.attempts.number)
         request.target = target
-        self._load.reserve(request.key, target, len(submit.prompt_token_ids) // _TOKEN_BYTES, submit.params.max_tokens)
+        prompt_tokens = len(submit.prompt_token_ids) // _TOKEN_BYTES + had
+        self._load.reserve(request.key, target, prompt_tokens, max(submit.params.max_tokens - had, 0))
         if self.ctx.ledger is not None:
             self.ctx.ledger.append(
                 "route",
@@ -166,17 +191,34 @@ class RouterActor(Actor):
             timeout_s=max(call.deadline_ns - self.ctx.clock.now_ns(), 1) / 1e9,
             on_item=lambda item: self._item(request, item),
             on_reply=lambda reply: self._done(request, target, reply),
-            on_error=lambda error: self._failed(request, error),
+            on_error=lambda error: self._failed(request, target, error),
             trace_id=call.trace_id,
         )
         call.item(Routed(replica=target.replica, dp_rank=target.dp_rank))
 
+    def _is_open(self, request: _Request) -> bool:
+        return self._requests.get(request.key) is request
+
     def _item(self, request: _Request, item: object) -> None:
-        if request.key not in self._requests:
+        if not self._is_open(request):
             return
         if isinstance(item, TokenDelta):
-            self._load.generated(request.key, len(item.token_ids) // _TOKEN_BYTES)
-        request.call.item(item)
+            self._take(request, item)
+        else:
+            request.call.item(item)
+
+    def _take(self, request: _Request, delta: TokenDelta) -> None:
+        """Pass on what is new of it."""
+        try:
+            new = delta.after(request.num_tokens)
+        except BadFrame as error:
+            self._withdraw(request)
+            self._fail(request, error)
+            return
+        if new is not None:
+            request.generated += new.token_ids
+            self._load.generated(request.key, new.num_tokens)
+            request.call.item(new)
 
     def _done(self, request: _Request, target: Target, reply: object) -> None:
         if not self._end(request):
@@ -186,12 +228,36 @@ class RouterActor(Actor):
         else:
             request.call.fail(BadFrame(f"{target.name} ended a request with {type(reply).__name__}, not TokensDone"))
 
-    def _failed(self, request: _Request, error: ChipbusError) -> None:
-        self._fail(request, WorkerDied(f"the request was lost: {error}") if isinstance(error, PeerGone) else error)
+    def _failed(self, request: _Request, target: Target, error: ChipbusError) -> None:
+        """Its replica died, or will not have it: another one may."""
+        if isinstance(error, PeerGone):
+            self._lose(request, error)
+        elif isinstance(error, Overloaded) and self._eligible() - request.full - {target}:
+            self._release(request)
+            request.full.add(target)
+            self._send(request)
+        else:
+            self._fail(request, error)
+
+    def _lose(self, request: _Request, error: ChipbusError) -> None:
+        """Nobody works on the request any more: another replica does, unless that has happened too often."""
+        if not self._is_open(request):
+            return
+        self._release(request)
+        request.full.clear()
+        if request.attempts.lost(request.num_tokens):
+            self._send(request)
+        else:
+            self._fail(request, WorkerDied(request.attempts.spent(error)))
 
     def _cancelled(self, request: _Request) -> None:
         """The tokenizer gave the request up, or died, or its deadline passed."""
-        if self._end(request) and request.ask is not None:
+        if self._end(request):
+            self._withdraw(request)
+
+    def _withdraw(self, request: _Request) -> None:
+        """Nothing more is heard of it from its replica."""
+        if request.ask is not None:
             request.ask.cancel()
 
     def _fail(self, request: _Request, error: ChipbusError) -> None:
@@ -200,8 +266,14 @@ class RouterActor(Actor):
 
     def _end(self, request: _Request) -> bool:
         """Forget a request and its load; False if that happened before."""
-        if self._requests.pop(request.key, None) is None:
+        if not self._is_open(request):
             return False
-        if request.target is not None:
-            self._load.release(request.key)
+        del self._requests[request.key]
+        self._release(request)
         return True
+
+    def _release(self, request: _Request) -> None:
+        """It is at no replica any more."""
+        if request.target is not None:
+            request.target = None
+            self._load.release(request.key)

@@ -49,7 +49,7 @@ class LoadLedger:
         self._targets = tuple(targets)
         self._load: Counter[Target] = Counter()
         self._open: Counter[Target] = Counter()
-        self._reservations: dict[int, _Reservation] = {}
+        self._reservations: dict[str, _Reservation] = {}
         self._first = 0  # where the search begins: after the target chosen last, so ties rotate
 
     def choose(self, eligible: Collection[Target]) -> Target | None:
@@ -62,14 +62,14 @@ class LoadLedger:
         self._first = (self._targets.index(chosen) + 1) % len(self._targets)
         return chosen
 
-    def reserve(self, key: int, target: Target, prompt_tokens: int, output_tokens: int) -> None:
+    def reserve(self, key: str, target: Target, prompt_tokens: int, output_tokens: int) -> None:
         """A request is sent to ``target``."""
         assert key not in self._reservations, f"request {key} is reserved already"
         reservation = self._reservations[key] = _Reservation(target, prompt_tokens, output_tokens)
         self._load[target] += reservation.tokens
         self._open[target] += 1
 
-    def generated(self, key: int, num_tokens: int) -> None:
+    def generated(self, key: str, num_tokens: int) -> None:
         """Tokens of a request came: its prompt is computed, and so many fewer are to come."""
         reservation = self._reservations[key]
         before = reservation.tokens
@@ -78,7 +78,7 @@ class LoadLedger:
         reservation.output_tokens = max(reservation.output_tokens - num_tokens, 0)
         self._load[reservation.target] -= before - reservation.tokens
 
-    def release(self, key: int) -> None:
+    def release(self, key: str) -> None:
         """A request ended there, in whatever way."""
         reservation = self._reservations.pop(key)
         self._load[reservation.target] -= reservation.tokens
@@ -88,7 +88,7 @@ class LoadLedger:
         """Pending tokens of a target."""
         return self._load[target]
 
-    def keys(self) -> Collection[int]:
+    def keys(self) -> Collection[str]:
         """Requests that count now."""
         return self._reservations.keys()
 

@@ -40,7 +40,7 @@ class Runtime:
         self._seeds = random.Random(config.seed)  # noqa: S311 (repeatable on purpose)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._host = HostActor()
+        self._host = HostActor(config.max_request_restarts)
         settings = TreeSettings(
             what="engine",
             start_timeout_s=config.start_timeout_s,

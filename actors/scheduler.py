@@ -32,6 +32,7 @@ __all__ = [
     "Batch",
     "BatchRecord",
     "BatchRow",
+    "Ending",
     "RowKind",
     "Scheduler",
     "SchedulerConfig",
@@ -110,14 +111,21 @@ class Batch:
 
 
 @attrs.frozen
+class Ending:
+    """Why a request has all its tokens."""
+
+    finish_reason: str  # "stop" | "length"
+    stop_token_id: int | None = None  # the id out of ``stop_token_ids`` that ended it; None for the model's own end
+
+
+@attrs.frozen
 class TokenEvent:
     """One token of one request; the last one says why it is the last."""
 
     request_id: str
     token_index: int  # counts the request's generated tokens from 0
     token: SampledToken
-    finish_reason: str | None = None  # "stop" | "length"
-    stop_token_id: int | None = None  # the id out of ``stop_token_ids`` that ended it; None for the model's own end
+    ending: Ending | None = None
 
 
 @attrs.define(eq=False)
@@ -252,12 +260,23 @@ class Scheduler:
         """Load: prompt tokens not computed yet plus tokens that may still be generated, over all requests."""
         return sum(request.pending_tokens for request in self._requests.values())
 
-    def add(self, request_id: str, prompt: Int32, params: SamplingParams) -> None:
-        """Queue a request. Nothing is kept if it raises.
+    def add(
+        self,
+        request_id: str,
+        prompt: Int32,
+        params: SamplingParams,
+        generated: Int32 = _NO_IDS,
+        *,
+        is_admitted: bool = False,
+    ) -> Ending | None:
+        """Queue a request. Nothing is kept if it raises, nor if it turns out to have ended already.
 
         prompt: (tokens,) int32, ids in [0, vocab_size). ``params.seed`` is resolved, never None.
-        Raises ``RequestInvalid`` (empty prompt, id outside the vocabulary, id in use, every token forbidden),
-        ``ContextTooLong`` (no room for one token in the context or in all pages), ``Overloaded`` (queue full).
+        generated: (tokens,) int32, tokens of its answer that an earlier life has delivered; it goes on behind them.
+        is_admitted: it was taken once, so a full queue is no reason to refuse it.
+        Raises ``RequestInvalid`` (empty prompt, id outside the vocabulary, id in use, every token forbidden, more
+        generated than asked for), ``ContextTooLong`` (no room for one token in the context or in all pages),
+        ``Overloaded`` (queue full).
         """
         check_prompt_length(len(prompt), self._limits.max_model_len)
         if len(prompt) >= self._context:
@@ -265,12 +284,13 @@ class Scheduler:
                 f"the prompt has {len(prompt)} tokens; {self._limits.num_pages} KV pages of {self._page_size} tokens"
                 f" hold a context of {self._context}, so it may have at most {self._context - 1}"
             )
-        outside = np.flatnonzero((prompt < 0) | (prompt >= self._config.vocab_size))
-        if len(outside):
-            raise RequestInvalid(
-                f"token id {prompt[outside[0]]} at position {outside[0]} of the prompt is outside the vocabulary,"
-                f" [0, {self._config.vocab_size})"
-            )
+        for what, ids in (("the prompt", prompt), ("the tokens generated before", generated)):
+            outside = np.flatnonzero((ids < 0) | (ids >= self._config.vocab_size))
+            if len(outside):
+                raise RequestInvalid(
+                    f"token id {ids[outside[0]]} at position {outside[0]} of {what} is outside the vocabulary,"
+                    f" [0, {self._config.vocab_size})"
+                )
         if request_id in self._requests:
             raise RequestInvalid(f"request id {request_id!r} is being served already; ids must differ")
         ends = {*params.stop_token_ids, *self._config.eos_token_ids} if params.min_tokens else set()
@@ -280,24 +300,32 @@ class Scheduler:
                 f"min_tokens is {params.min_tokens} and stop_token_ids names all {len(banned)} tokens there are;"
                 " one must stay allowed"
             )
-        if len(self._waiting) >= self._config.max_waiting:
+        if len(self._waiting) >= self._config.max_waiting and not is_admitted:
             raise Overloaded(
                 f"{len(self._waiting)} requests are waiting; at most {self._config.max_waiting} may (max_waiting)"
             )
         assert params.seed is not None
-        self._arrivals += 1
         request = _Request(
             request_id=request_id,
-            arrival=self._arrivals,
+            arrival=self._arrivals + 1,
             prompt=prompt,
             params=params,
             seed=params.seed,
             max_new_tokens=min(params.max_tokens, self._context - len(prompt)),
             stops=stop_ids(params, self._config.eos_token_ids),
             banned=banned,
+            generated=generated.tolist(),
         )
-        self._requests[request_id] = request
-        self._waiting.append(request)
+        if len(generated) > request.max_new_tokens:
+            raise RequestInvalid(
+                f"{len(generated)} tokens were generated before; at most {request.max_new_tokens} may be in all"
+            )
+        ending = self._ending(request)
+        if ending is None:
+            self._arrivals += 1
+            self._requests[request_id] = request
+            self._waiting.append(request)
+        return ending
 
     def abort(self, request_id: str) -> bool:
         """Forget a request in whatever state; False if it is unknown (it may have ended).
@@ -335,7 +363,7 @@ class Scheduler:
     def apply(self, batch: Batch, tokens: Sequence[SampledToken]) -> tuple[TokenEvent, ...]:
         """The step was computed; ``tokens`` as ``read_step`` gives them. Requests aborted meanwhile have no event.
 
-        A request whose event has a finish reason is forgotten, and its pages are free.
+        A request whose event has an ending is forgotten, and its pages are free.
         """
         chosen = iter(tokens)
         events = []
@@ -434,17 +462,21 @@ class Scheduler:
 
     def _advance(self, request: _Request, token: SampledToken) -> TokenEvent:
         """Take one more generated token, and end the request if it is the last."""
-        index = len(request.generated)
         request.generated.append(token.token_id)
-        reason, stop_token_id = None, None
-        if token.token_id in request.stops and index >= request.params.min_tokens:
-            is_own_end = token.token_id in self._config.eos_token_ids and not request.params.ignore_eos
-            reason, stop_token_id = "stop", None if is_own_end else token.token_id
-        elif len(request.generated) == request.max_new_tokens:
-            reason = "length"
-        if reason is not None:
+        ending = self._ending(request)
+        if ending is not None:
             self.abort(request.request_id)
-        return TokenEvent(request.request_id, index, token, reason, stop_token_id)
+        return TokenEvent(request.request_id, len(request.generated) - 1, token, ending)
+
+    def _ending(self, request: _Request) -> Ending | None:
+        """Why its last token is the last one; None if it is not."""
+        if not request.generated:
+            return None
+        last = request.generated[-1]
+        if last in request.stops and len(request.generated) > request.params.min_tokens:
+            is_own_end = last in self._config.eos_token_ids and not request.params.ignore_eos
+            return Ending("stop", None if is_own_end else last)
+        return Ending("length") if len(request.generated) == request.max_new_tokens else None
 
     def _batch(self, plan: _StepPlan) -> Batch:
         """The decision as record and as chip input. Buffer rows are numbered in the order of the step's rows."""

@@ -1,29 +1,31 @@
 """Tokenizer: text to token ids once per request, and tokens back to text as they come.
 
-Owns: per open request, its decoder, its stop strings, and how many tokens it has had. Thread: the bus loop.
+Owns: per open request, its decoder, its stop strings, and the tokens it has had. Thread: the bus loop.
 
     host ──Generate──▶ tokenizer ──Submit──▶ router
          ◀─ Encoded, TextDelta…, TextDone ─  ◀─ Routed, TokenDelta…, TokensDone ─
 
 What ends a request is cut the same way however the tokens arrive: token ids go up to and including the token that
 completed the end (end-of-sequence, stop id, or the last character of a stop string); text goes up to, and without, the
-text of that end.
+text of that end. The text of the first tokens depends on those alone; so when this process dies, its next life makes
+the same of the tokens the host has had, and goes on behind them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import msgspec
 
-from ..bus import Actor, Ask, Call, Ready, handles, pack_tokens, unpack_tokens
+from ..bus import Actor, Ask, Call, Context, Ready, handles, pack_tokens, unpack_tokens
 from ..errors import BadFrame, ChipbusError, PeerGone, RequestInvalid, WorkerDied
+from .attempts import Attempts
 from .messages.routing import Routed
 from .messages.serving import Encoded, Generate, Submit, TextDelta, TextDone, TokenDelta, TokensDone
-from .sampling import SamplingParams
 from .scheduler import check_prompt_length, stop_ids
 from .text import StopScanner, TextModel
 
@@ -40,6 +42,8 @@ class TokenizerConfig:
     """Longest context, prompt and output together, in tokens."""
     eos_token_ids: tuple[int, ...] = ()
     """The model's own ends of text. Needed only where one of them is no special token of the tokenizer."""
+    max_request_restarts: int
+    """Deaths of the router that a request survives without a token in between."""
 
 
 class TokenizerActor(Actor):
@@ -48,6 +52,7 @@ class TokenizerActor(Actor):
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = msgspec.convert(config, TokenizerConfig)
         self._load_s = 0.0
+        self._streams: dict[str, _Stream] = {}
 
     def on_start(self) -> None:
         """Load the model's tokenizer. Raises ``CheckpointError``."""
@@ -73,18 +78,21 @@ class TokenizerActor(Actor):
         params = request.params
         if params.max_tokens > room:
             params = attrs.evolve(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-        stream = _Stream(call, self._model, params, stop_ids(params, self._config.eos_token_ids), self.ctx.clock.now_ns)
-        stream.ask = self.ctx.ask(
-            "router",
-            Submit(request_id=request.request_id, prompt_token_ids=token_ids, params=params),
-            timeout_s=max(call.deadline_ns - self.ctx.clock.now_ns(), 1) / 1e9,
-            on_item=stream.on_item,
-            on_reply=stream.on_reply,
-            on_error=stream.on_error,
-            trace_id=call.trace_id,
-            wait_for_link=True,
-        )
-        call.on_cancel(lambda _reason: stream.ask.cancel())
+        submit = Submit(request_id=request.request_id, prompt_token_ids=token_ids, params=params)
+        attempts = Attempts(self._config.max_request_restarts, request.attempt)
+        stop_at = stop_ids(params, self._config.eos_token_ids)
+        earlier = self._streams.get(request.request_id)
+        if earlier is not None:  # the host has lost it, and the word of that is still on its way
+            earlier.cancel()
+        end = partial(self._forget, request.request_id, call)
+        stream = _Stream(self.ctx, call, self._model, submit, attempts, stop_at, end)
+        self._streams[request.request_id] = stream
+        stream.begin(request.generated)
+
+    def _forget(self, request_id: str, call: Call) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.call is call:  # a later attempt may have taken its place
+            del self._streams[request_id]
 
     def _encode(self, request: Generate) -> tuple[str, bytes]:
         """Prompt and packed ids of a request."""
@@ -102,69 +110,105 @@ class TokenizerActor(Actor):
 
 
 class _Stream:
-    """The way back of one request: tokens in, text out, until whichever end comes first."""
-
-    ask: Ask
+    """The way of one request through the router: tokens in, text out, until whichever end comes first."""
 
     def __init__(
-        self, call: Call, model: TextModel, params: SamplingParams, stops: frozenset[int], now_ns: Callable[[], int]
+        self,
+        ctx: Context,
+        call: Call,
+        model: TextModel,
+        submit: Submit,
+        attempts: Attempts,
+        stop_at: frozenset[int],
+        on_end: Callable[[], None],
     ) -> None:
-        self._call = call
+        self._ctx = ctx
+        self.call = call
+        self._submit = submit
+        self._attempts = attempts
+        self._stop_at = stop_at
+        self._on_end = on_end
         self._detokenizer = model.detokenizer()
-        self._scanner = StopScanner(params.stop)
-        self._min_tokens = params.min_tokens
-        self._stops = stops
-        self._now_ns = now_ns
-        self._num_tokens = 0
-        self._began_ns = self._first_ns = self._last_ns = now_ns()
+        self._scanner = StopScanner(submit.params.stop)
+        self._token_ids: list[int] = []  # of the answer, as far as they have been passed on
+        self._ask: Ask | None = None
+        self._began_ns = self._first_ns = self._last_ns = ctx.clock.now_ns()
         self._routed = Routed(replica=0, dp_rank=0)
 
-    def on_item(self, item: object) -> None:
-        """``Routed`` once, then ``TokenDelta``s."""
+    def begin(self, generated: bytes) -> None:
+        """Go on behind ``generated``, packed tokens that the host has had from an earlier life, with their text."""
+        self.call.on_cancel(lambda _reason: self.cancel())
+        _, hit = self._text_of(unpack_tokens(generated).tolist())
+        if hit is None:
+            self._send()
+        else:
+            self._stop(hit)
+
+    def cancel(self) -> None:
+        """Nobody wants it any more."""
+        if self._ask is not None:
+            self._ask.cancel()
+        self._on_end()
+
+    def _send(self) -> None:
+        """Ask the router for the rest; it may be starting just now."""
+        call = self.call
+        self._ask = self._ctx.ask(
+            "router",
+            attrs.evolve(self._submit, generated=pack_tokens(self._token_ids), attempt=self._attempts.number),
+            timeout_s=max(call.deadline_ns - self._ctx.clock.now_ns(), 1) / 1e9,
+            on_item=self._on_item,
+            on_reply=self._on_reply,
+            on_error=self._on_error,
+            trace_id=call.trace_id,
+            wait_for_link=True,
+        )
+
+    def _on_item(self, item: object) -> None:
+        """``Routed`` whenever a replica was chosen, then ``TokenDelta``s."""
         if isinstance(item, Routed):
             self._routed = item
         elif isinstance(item, TokenDelta):
             try:
                 self._take(item)
             except BadFrame as error:
-                self.ask.cancel()
-                self._call.fail(error)
+                self._fail(error)
 
-    def on_reply(self, reply: object) -> None:
+    def _on_reply(self, reply: object) -> None:
         """The replica ended the request; give out what was held back."""
         if not isinstance(reply, TokensDone):
-            self._call.fail(BadFrame(f"the router ended a request with {type(reply).__name__}, not TokensDone"))
+            self._fail(BadFrame(f"the router ended a request with {type(reply).__name__}, not TokensDone"))
             return
-        text, hit = self._scanner.feed(self._detokenizer.flush(), may_stop=self._num_tokens > self._min_tokens)
+        may_stop = len(self._token_ids) > self._submit.params.min_tokens
+        text, hit = self._scanner.feed(self._detokenizer.flush(), may_stop=may_stop)
         if hit is None:
             text += self._scanner.flush()
         else:
             reply = attrs.evolve(reply, finish_reason="stop", stop_token_id=None)
         reason = reply.stop_token_id if hit is None else hit
-        self._call.reply(TextDone(text=text, finish_reason=reply.finish_reason, stop_reason=reason, tokens=reply))
+        self._end(TextDone(text=text, finish_reason=reply.finish_reason, stop_reason=reason, tokens=reply))
 
-    def on_error(self, error: ChipbusError) -> None:
-        """The request failed further down."""
-        self._call.fail(WorkerDied(f"the request was lost: {error}") if isinstance(error, PeerGone) else error)
+    def _on_error(self, error: ChipbusError) -> None:
+        """The request failed further down, or the router died: the next one goes on where this one was."""
+        if not isinstance(error, PeerGone):
+            self._fail(error)
+        elif self._attempts.lost(len(self._token_ids)):
+            self._send()
+        else:
+            self._fail(WorkerDied(self._attempts.spent(error)))
 
     def _take(self, delta: TokenDelta) -> None:
-        """Pass on new tokens with their text; tokens had before are dropped, and missing ones raise ``BadFrame``."""
-        token_ids, rows = unpack_tokens(delta.token_ids).tolist(), delta.logprobs
-        if rows and len(rows) != len(token_ids):
-            raise BadFrame(f"{len(rows)} rows of log-probabilities came with {len(token_ids)} tokens")
-        known = self._num_tokens - delta.token_index
-        if known < 0:
-            raise BadFrame(f"token {self._num_tokens} of the answer is missing; {delta.token_index} came next")
-        token_ids, rows = token_ids[known:], rows[known:]
-        if not token_ids:
+        """Pass on what is new of it, with its text. Raises ``BadFrame``."""
+        first = len(self._token_ids)
+        new = delta.after(first)
+        if new is None:
             return
-        first = self._num_tokens
-        text, hit = self._text_of(token_ids)
-        self._last_ns = self._now_ns()
+        text, hit = self._text_of(unpack_tokens(new.token_ids).tolist())
+        self._last_ns = self._ctx.clock.now_ns()
         self._first_ns = self._first_ns if first else self._last_ns
-        taken = self._num_tokens - first
-        self._call.item(
-            TextDelta(token_index=first, text=text, token_ids=pack_tokens(token_ids[:taken]), logprobs=rows[:taken])
+        taken = self._token_ids[first:]
+        self.call.item(
+            TextDelta(token_index=first, text=text, token_ids=pack_tokens(taken), logprobs=new.logprobs[: len(taken)])
         )
         if hit is not None:
             self._stop(hit)
@@ -173,10 +217,10 @@ class _Stream:
         """Text that may be given out after these tokens, and the stop string that the last one taken completed."""
         pieces = []
         for token_id in token_ids:
-            may_stop = self._num_tokens >= self._min_tokens
-            is_end = may_stop and token_id in self._stops
+            may_stop = len(self._token_ids) >= self._submit.params.min_tokens
+            is_end = may_stop and token_id in self._stop_at
             piece, hit = self._scanner.feed("" if is_end else self._detokenizer.add(token_id), may_stop=may_stop)
-            self._num_tokens += 1
+            self._token_ids.append(token_id)
             pieces.append(piece)
             if hit is not None:
                 return "".join(pieces), hit
@@ -184,12 +228,20 @@ class _Stream:
 
     def _stop(self, hit: str) -> None:
         """A stop string came, so nothing after it is wanted. Times are the tokenizer's: the replica's are not heard."""
-        self.ask.cancel()
         done = TokensDone(
             finish_reason="stop",
             replica=self._routed.replica,
             dp_rank=self._routed.dp_rank,
+            attempt=self._attempts.number,
             prefill_s=(self._first_ns - self._began_ns) / 1e9,
             decode_s=(self._last_ns - self._first_ns) / 1e9,
         )
-        self._call.reply(TextDone(text="", finish_reason="stop", stop_reason=hit, tokens=done))
+        self._end(TextDone(text="", finish_reason="stop", stop_reason=hit, tokens=done))
+
+    def _end(self, done: TextDone) -> None:
+        self.call.reply(done)
+        self.cancel()
+
+    def _fail(self, error: ChipbusError) -> None:
+        self.call.fail(error)
+        self.cancel()

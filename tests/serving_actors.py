@@ -33,7 +33,7 @@ class Supervisor(Actor):
 
 
 class ScriptedReplica(Actor):
-    """Answers each ``Submit`` with the tokens of ``script``, in deltas of seeded sizes at seeded times."""
+    """Answers each ``Submit`` with those tokens of ``script`` it has not had, in deltas of seeded sizes and times."""
 
     def __init__(self, replica: int, script: Script = counting, *, pause_s: float = 1.0, refuses: bool = False) -> None:
         self.replica = replica
@@ -51,7 +51,7 @@ class ScriptedReplica(Actor):
             raise ChipbusError("the scripted replica refuses")
         self.open.add(submit.request_id)
         call.on_cancel(lambda reason: self._cancelled(submit.request_id, reason))
-        self._next(submit, call, self.script(submit), 0)
+        self._next(submit, call, self.script(submit), len(submit.generated) // 4)
 
     def _cancelled(self, request_id: str, reason: str) -> None:
         self.open.discard(request_id)
@@ -89,10 +89,14 @@ class Answer:
     @property
     def tokens(self) -> list[int]:
         """Token ids of all deltas; they must have come in order, each once."""
+        return self.tokens_behind(0)
+
+    def tokens_behind(self, had: int) -> list[int]:
+        """The same of an answer that went on behind ``had`` tokens."""
         ids: list[int] = []
         for item in self.items:
             if isinstance(item, TokenDelta | TextDelta):
-                assert item.token_index == len(ids)
+                assert item.token_index == had + len(ids)
                 ids += unpack_tokens(item.token_ids).tolist()
         return ids
 
@@ -127,7 +131,10 @@ class Asker(Actor):
         return self.send(message, timeout_s)
 
     def send(self, message: Any, timeout_s: float) -> Answer:
-        answer = Answer(message)
+        return self.submit_again(Answer(message), timeout_s)
+
+    def submit_again(self, answer: Answer, timeout_s: float = 1e5) -> Answer:
+        """Ask with a message as it is."""
 
         def on_reply(reply: Any) -> None:
             answer.reply = reply
@@ -138,7 +145,12 @@ class Asker(Actor):
             answer.ends += 1
 
         answer.ask = self.ctx.ask(
-            self.to, message, timeout_s=timeout_s, on_reply=on_reply, on_error=on_error, on_item=answer.items.append
+            self.to,
+            answer.message,
+            timeout_s=timeout_s,
+            on_reply=on_reply,
+            on_error=on_error,
+            on_item=answer.items.append,
         )
         self.answers.append(answer)
         return answer

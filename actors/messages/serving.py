@@ -8,6 +8,7 @@ from __future__ import annotations
 import attrs
 
 from ...bus import Lane, TokenIds, message
+from ...errors import BadFrame
 from ..sampling import SamplingParams
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "TokenDelta",
     "TokensDone",
 ]
+
+
+_TOKEN_BYTES = 4
 
 
 @attrs.frozen
@@ -45,6 +49,8 @@ class Generate:
     prompt_token_ids: TokenIds | None = None
     turns: tuple[ChatTurn, ...] = ()
     params: SamplingParams  # seed is resolved: never None
+    generated: TokenIds = b""  # what has been delivered already, with its text; the answer goes on behind it
+    attempt: int = 1
 
 
 @message(0x0202, lane=Lane.WORK)
@@ -85,23 +91,44 @@ class TextDelta:
 class Submit:
     """Tokenizer asks router, and router asks replica core: continue these ids.
 
-    Items: ``TokenDelta``. Reply: ``TokensDone``. Errors as for ``Generate``.
+    Items: ``TokenDelta``. Reply: ``TokensDone``. Errors as for ``Generate``. One whose ``request_id`` is being served
+    takes the place of that one: the asker has lost it.
     """
 
     request_id: str
     prompt_token_ids: TokenIds
     params: SamplingParams
-    attempt: int = 1
+    generated: TokenIds = b""  # what has been delivered already; the answer goes on behind it
+    attempt: int = 1  # above 1 it was admitted before, so no full queue refuses it
 
 
 @message(0x0205, lane=Lane.WORK)
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class TokenDelta:
     """Generated token ids, in order; ``token_index`` counts generated tokens from 0 and fences duplicates."""
 
     token_index: int
     token_ids: TokenIds
     logprobs: tuple[LogprobRow, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """How many it brings."""
+        return len(self.token_ids) // _TOKEN_BYTES
+
+    def after(self, num_tokens: int) -> TokenDelta | None:
+        """What is new to whoever has had ``num_tokens`` tokens; None if nothing is.
+
+        Raises ``BadFrame`` if a token between is missing, or if it has log-probabilities for other than all its tokens.
+        """
+        if self.logprobs and len(self.logprobs) != self.num_tokens:
+            raise BadFrame(f"{len(self.logprobs)} rows of log-probabilities came with {self.num_tokens} tokens")
+        known = num_tokens - self.token_index
+        if known < 0:
+            raise BadFrame(f"token {num_tokens} of the answer is missing; {self.token_index} came next")
+        if known >= self.num_tokens:
+            return None
+        return TokenDelta(num_tokens, self.token_ids[known * _TOKEN_BYTES :], self.logprobs[known:]) if known else self
 
 
 @message(0x0206, lane=Lane.WORK)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_actors import Answer, Asker, Supervisor
 
 from chipbus.actors.chip import ChipActor
+from chipbus.actors.messages.serving import Submit
 from chipbus.actors.replica import ReplicaActor
-from chipbus.bus import LocalSystem
+from chipbus.actors.sampling import SamplingParams
+from chipbus.bus import LocalSystem, pack_tokens
 from chipbus.errors import Aborted, ContextTooLong, KernelError, Overloaded, RequestInvalid, WorkerDied
 from chipbus.kernels.chips import Chip
 from chipbus.kernels.null import Fault, NullChip, null_token
@@ -49,6 +52,7 @@ class Replica:
                 "limits": {**sizes, **limits},
                 "prefill_chunk_tokens": 8,
                 "max_waiting": 6,
+                "max_request_restarts": 3,
                 "load_timeout_s": 10.0,
                 "step_timeout_s": 10.0,
             }
@@ -86,6 +90,13 @@ def ask(replica: Replica, *prompts: list[int], **params: Any) -> list[Answer]:
     return [replica.asker.submit(prompt, **params) for prompt in prompts]
 
 
+def submit(prompt: list[int], *, max_tokens: int, generated: bytes = b"") -> Submit:
+    """A second attempt."""
+    params = SamplingParams(seed=0, max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    ids = pack_tokens(prompt)
+    return Submit(request_id="again", prompt_token_ids=ids, params=params, generated=generated, attempt=2)
+
+
 @pytest.mark.guarantee("R40")
 @settings(deadline=None, max_examples=25, print_blob=True)
 @given(
@@ -121,19 +132,90 @@ def test_a_dead_chip_costs_no_token(seed: int, after_tokens: int) -> None:
 
 
 @pytest.mark.guarantee("R42")
-def test_a_request_on_the_chip_at_two_deaths_is_refused_and_the_others_go_on() -> None:
+def test_a_request_that_only_costs_chips_is_refused_and_the_others_go_on() -> None:
     replica = Replica(7, max_num_seqs=1)
     [poison, innocent] = ask(replica, [20, 21], [22, 23])
-    for life in (1, 2):
+    for life in (1, 2, 3, 4):
+        assert not poison.is_over
         replica.system.run_until(lambda n=life: replica.core.ctx.peers().get("chip.0.0") == n and replica.core._step)
         replica.system.kill("chip.0.0", "signal 11 (SIGSEGV)")
         replica.start_chip()
     replica.finish()
 
     assert isinstance(poison.error, WorkerDied)
+    assert "lost 4 times in a row without getting a token further; at most 3 restarts" in str(poison.error)
     assert "signal 11 (SIGSEGV)" in str(poison.error)
     assert innocent.tokens == expected([22, 23], 10)
     assert innocent.reply.attempt == 1
+
+
+@pytest.mark.guarantee("R44")
+def test_a_request_that_gets_on_survives_any_number_of_chips() -> None:
+    replica = Replica(7)
+    [answer] = ask(replica, [20, 21])
+    for count in range(1, 10):
+        replica.system.run_until(lambda n=count: len(answer.tokens) >= n and replica.core._step is not None)
+        replica.system.kill("chip.0.0", "signal 9 (SIGKILL)")
+        replica.start_chip()
+    replica.finish()
+
+    assert answer.tokens == expected([20, 21], 10)
+    assert answer.reply.attempt == 10
+
+
+@pytest.mark.guarantee("R45")
+@settings(deadline=None, max_examples=50, print_blob=True)
+@given(seed=st.integers(0, 2**16), had=st.integers(0, 10), stop_at=st.integers(0, 10), min_tokens=st.integers(0, 5))
+def test_an_answer_goes_on_behind_the_tokens_that_were_had(seed: int, had: int, stop_at: int, min_tokens: int) -> None:
+    whole = expected([20, 21, 22], 10)
+    stop = {"stop_token_ids": whole[stop_at : stop_at + 1], "min_tokens": min_tokens}
+    replica = Replica(seed)
+    [alone] = ask(replica, [20, 21, 22], **stop)
+    replica.finish()
+    had = min(had, len(alone.tokens))
+
+    resumed = Answer(attrs.evolve(alone.message, generated=pack_tokens(alone.tokens[:had]), attempt=2))
+    replica.asker.submit_again(resumed)
+    replica.finish()
+
+    assert resumed.tokens_behind(had) == alone.tokens[had:]
+    assert resumed.reply.finish_reason == alone.reply.finish_reason
+    assert resumed.reply.stop_token_id == alone.reply.stop_token_id
+
+
+def test_a_later_attempt_takes_the_place_of_the_one_that_is_served() -> None:
+    replica = Replica(4)
+    [first] = ask(replica, [20, 21])
+    replica.system.run_until(lambda: len(first.tokens) >= 2)
+
+    again = Answer(attrs.evolve(first.message, generated=pack_tokens(first.tokens[:1]), attempt=2))
+    replica.asker.submit_again(again)
+    replica.finish()
+
+    assert isinstance(first.error, Aborted)
+    assert again.tokens_behind(1) == expected([20, 21], 10)[1:]
+
+
+def test_a_full_queue_is_no_reason_to_refuse_what_was_admitted_before() -> None:
+    replica = Replica(1)
+    ask(replica, *([[20, 21]] * 9))
+    again = Answer(submit([20], max_tokens=3))
+    replica.asker.submit_again(again)
+    replica.finish()
+
+    assert any(isinstance(answer.error, Overloaded) for answer in replica.asker.answers)
+    assert again.tokens == expected([20], 3)
+
+
+@pytest.mark.parametrize(("generated", "said"), [([VOCAB], str(VOCAB)), ([20] * 11, "11 tokens were generated before")])
+def test_tokens_that_cannot_have_been_generated_are_refused(generated: list[int], said: str) -> None:
+    replica = Replica(1)
+    answer = Answer(submit([20], max_tokens=10, generated=pack_tokens(generated)))
+    replica.asker.submit_again(answer)
+    replica.finish()
+
+    assert isinstance(answer.error, RequestInvalid)
+    assert said in str(answer.error)
 
 
 @pytest.mark.guarantee("R43")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +13,8 @@ from chipbus.actors.messages.serving import Submit
 from chipbus.actors.messages.tree import GroupLost
 from chipbus.actors.router import RouterActor
 from chipbus.actors.router_policy import LoadLedger, Target
-from chipbus.bus import Actor, Call, LocalSystem, handles
-from chipbus.errors import ChipbusError, ConfigError, DeadlineExceeded, Overloaded, RestartLimit, WorkerDied
+from chipbus.bus import Actor, Call, LocalSystem, handles, pack_tokens
+from chipbus.errors import Aborted, ChipbusError, ConfigError, DeadlineExceeded, Overloaded, RestartLimit, WorkerDied
 
 TARGETS = [Target(n, n) for n in range(3)]
 
@@ -103,7 +104,7 @@ class House:
         self.system.spawn("tokenizer.0", self.client, connect=("supervisor",))
 
     def start_router(self) -> None:
-        self.router = RouterActor({"replicas": self.names, "max_waiting": self.max_waiting})
+        self.router = RouterActor({"replicas": self.names, "max_waiting": self.max_waiting, "max_request_restarts": 3})
         self.system.spawn("router", self.router, connect=("supervisor", "tokenizer.0"))
         self.run(lambda: "tokenizer.0" in self.router.ctx.peers())
 
@@ -137,6 +138,14 @@ class House:
     def settle(self) -> None:
         """Nothing is under way any more, anywhere."""
         self.run(lambda: not any(self.router.load().values()) and not any(r.open for r in self.replicas.values()))
+
+
+class Deaf(Actor):
+    """Takes requests and never answers."""
+
+    @handles(Submit)
+    def _submit(self, _message: Submit, call: Call) -> None:
+        pass
 
 
 def submit(house: House, prompt: list[int] | None = None, **params: object) -> Answer:
@@ -213,7 +222,7 @@ def test_the_death_of_the_caller_is_a_cancel():
 
 
 @pytest.mark.guarantee("R23")
-def test_the_death_of_a_replica_fails_its_requests_at_once_and_no_others():
+def test_the_requests_of_a_dead_replica_go_on_at_another_one_at_once():
     house = House(replicas=2, pause_s=100.0)
     house.start_replicas()
     answers = [submit(house, max_tokens=30) for _ in range(4)]
@@ -222,13 +231,62 @@ def test_the_death_of_a_replica_fails_its_requests_at_once_and_no_others():
     house.kill("replica.0")
     lost = [answer for answer in answers if answer.items[0].replica == 0]
     assert len(lost) == 2
-    house.run(lambda: all(answer.is_over for answer in lost))
+    moved = Routed(replica=1, dp_rank=1)
+    house.run(lambda: all(moved in answer.items for answer in lost))
     assert house.system.clock.now_ns() == began_ns
-    for answer in lost:
-        assert type(answer.error) is WorkerDied
-        assert "signal 9 (SIGKILL)" in str(answer.error)
     house.finish()
-    assert all(answer.reply.replica == 1 for answer in answers if answer not in lost)
+    for answer in answers:
+        assert answer.tokens == counting(answer.message)
+        assert answer.reply.replica == 1
+
+
+def test_a_request_that_only_costs_replicas_is_refused():
+    house = House(pause_s=100.0)
+    house.start_replicas()
+    answer = submit(house)
+    house.run(lambda: len(answer.items) > 1)
+    for _ in range(3):
+        house.kill("replica.0")
+        house.run(lambda: "replica.0" not in house.router.ctx.peers())
+        house.replicas.pop("replica.0", None)
+        house.system.spawn("replica.0", Deaf(), connect=("router",))
+        house.run(lambda: house.router.load()["replica.0"] > 0)
+        assert not answer.is_over
+    house.kill("replica.0")
+    house.finish()
+    assert type(answer.error) is WorkerDied
+    assert "signal 9 (SIGKILL)" in str(answer.error)
+    assert "max_request_restarts" in str(answer.error)
+    house.settle()
+
+
+def test_a_later_attempt_takes_the_place_of_the_one_under_way():
+    house = House(pause_s=100.0)
+    house.start_replicas()
+    first = submit(house)
+    house.run(lambda: len(first.tokens) > 1)
+    again = house.client.submit_again(
+        Answer(attrs.evolve(first.message, generated=pack_tokens(first.tokens[:1]), attempt=2))
+    )
+    house.finish()
+    assert type(first.error) is Aborted
+    assert again.tokens_behind(1) == counting(again.message)[1:]
+    house.settle()
+
+
+def test_a_full_replica_is_passed_over_and_what_was_admitted_before_never_refused():
+    class Full(Actor):
+        @handles(Submit)
+        def _submit(self, _message: Submit, call: Call) -> None:
+            call.fail(Overloaded("8 requests are waiting"))
+
+    house = House(replicas=2)
+    house.system.spawn("replica.0", Full(), connect=("router",))
+    house.start_replica("replica.1")
+    answers = [submit(house) for _ in range(5)]
+    house.finish()
+    assert {answer.reply.replica for answer in answers} == {1}
+    house.settle()
 
 
 def test_a_replica_serves_again_after_its_restart():
@@ -268,18 +326,16 @@ def test_a_lost_group_is_left_out_and_the_last_one_ends_service():
     house.run(lambda: all(len(answer.items) > 1 for answer in answers))
     house.supervisor.ctx.tell("router", GroupLost("chip.0.0", "chip.0.0 died 6 times in 30 s"))
     first = next(answer for answer in answers if answer.items[0].replica == 0)
-    house.run(lambda: first.is_over)
-    assert type(first.error) is WorkerDied
+    house.run(lambda: Routed(replica=1, dp_rank=1) in first.items)
     after = [submit(house, max_tokens=2) for _ in range(3)]
     house.run(lambda: all(answer.is_over for answer in after))
     assert {answer.reply.replica for answer in after} == {1}
     house.supervisor.ctx.tell("router", GroupLost("replica.1", "replica.1 died 6 times in 30 s"))
     house.supervisor.ctx.tell("router", GroupLost("tokenizer.0", "not the router's business"))
     house.finish()
-    second = next(answer for answer in answers if answer is not first)
     late = submit(house)
     house.finish()
-    for answer in (second, late):
+    for answer in (*answers, late):
         assert type(answer.error) is RestartLimit
         assert "replica 0: chip.0.0 died 6 times in 30 s; replica 1: replica.1 died" in str(answer.error)
     house.settle()
@@ -327,7 +383,7 @@ def test_an_end_that_is_no_end_fails_the_request():
 @pytest.mark.parametrize("name", ["router", "replica", "replica.x", "chip.0"])
 def test_a_replica_must_have_a_number(name):
     with pytest.raises(ConfigError, match=r"is not replica\.N"):
-        RouterActor({"replicas": [name], "max_waiting": 1})
+        RouterActor({"replicas": [name], "max_waiting": 1, "max_request_restarts": 3})
 
 
 moves = st.lists(
@@ -380,9 +436,8 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens_and_the_lo
         assert answer.tokens == expected[: len(answer.tokens)]
         if answer.reply is not None:
             assert answer.tokens == expected
-            assert [i for i in answer.items if isinstance(i, Routed)] == [
-                Routed(replica=answer.reply.replica, dp_rank=answer.reply.dp_rank)
-            ]
+            routed = [item for item in answer.items if isinstance(item, Routed)]
+            assert routed[-1] == Routed(replica=answer.reply.replica, dp_rank=answer.reply.dp_rank)
         elif answer.error is not None:
             assert type(answer.error) in (WorkerDied, DeadlineExceeded, Overloaded, ChipbusError) or "router" in str(
                 answer.error

@@ -85,8 +85,8 @@ class Core:
             assert event.request_id not in self.ends
             assert event.token_index == len(self.tokens[event.request_id])
             self.tokens[event.request_id].append(event.token.token_id)
-            if event.finish_reason:
-                self.ends[event.request_id] = (event.finish_reason, event.stop_token_id)
+            if event.ending:
+                self.ends[event.request_id] = (event.ending.finish_reason, event.ending.stop_token_id)
         return events
 
     def step(self) -> Batch | None:
@@ -263,9 +263,9 @@ def scripted(params_: SamplingParams, tokens: list[int]) -> tuple[list[int], tup
         banned.append(batch.step.samples[0].banned.tolist())
         (event,) = scheduler.apply(batch, [SampledToken(token)])
         out.append(event.token.token_id)
-        if event.finish_reason:
+        if event.ending:
             assert scheduler.pages_free == scheduler.pages_total
-            return out, (event.finish_reason, event.stop_token_id), banned
+            return out, (event.ending.finish_reason, event.ending.stop_token_id), banned
     raise AssertionError("not ended")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,11 +48,11 @@ class House:
         self.run(lambda: set(self.host.ctx.peers()) == {"tokenizer.0"} and "replica.0" in self.router.ctx.peers())
 
     def start_tokenizer(self) -> None:
-        tokenizer = TokenizerActor({"model": str(self.directory), **self.config})
+        tokenizer = TokenizerActor({"model": str(self.directory), "max_request_restarts": 3, **self.config})
         self.system.spawn("tokenizer.0", tokenizer, connect=("supervisor", "host"))
 
     def start_router(self) -> None:
-        self.router = RouterActor({"replicas": ["replica.0"], "max_waiting": 100})
+        self.router = RouterActor({"replicas": ["replica.0"], "max_waiting": 100, "max_request_restarts": 3})
         self.system.spawn("router", self.router, connect=("supervisor", "tokenizer.0"))
 
     def start_replica(self) -> None:
@@ -311,21 +312,64 @@ def test_an_end_that_is_no_end_fails_the_request(directory):
 
 
 def test_a_model_directory_without_tokenizer_is_refused_at_start(tmp_path):
-    actor = TokenizerActor({"model": str(tmp_path), "max_model_len": 10})
+    actor = TokenizerActor({"model": str(tmp_path), "max_model_len": 10, "max_request_restarts": 3})
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         LocalSystem(0).spawn("tokenizer.0", actor)
 
 
 @pytest.mark.guarantee("R35")
 @pytest.mark.parametrize("victim", ["router", "replica.0"])
-def test_a_death_further_down_is_a_typed_error_that_says_how(directory, reference, victim):
+def test_a_death_further_down_costs_no_token_and_no_text(directory, reference, victim):
+    house = House(directory, reference.encode(ANSWER).ids)
+    answer = house.host.generate("a", max_tokens=150)
+    start = {"router": house.start_router, "replica.0": house.start_replica}[victim]
+    for items in (3, 8, 15):
+        house.run(lambda n=items: len(answer.items) >= n)
+        house.system.kill(victim, "signal 9 (SIGKILL)")
+        start()
+    house.finish()
+    assert answer.tokens == house.tokens
+    assert answer.text == ANSWER
+
+
+def test_a_request_that_only_costs_routers_is_a_typed_error_that_says_how(directory, reference):
     house = House(directory, reference.encode(ANSWER).ids)
     answer = house.host.generate("a", max_tokens=150)
     house.run(lambda: len(answer.items) > 2)
-    house.system.kill(victim, "signal 9 (SIGKILL)")
+    house.system.kill("replica.0", "killed first")
+    for _ in range(4):
+        assert not answer.is_over
+        house.run(lambda: house.router._requests)
+        house.system.kill("router", "signal 9 (SIGKILL)")
+        house.start_router()
     house.run(lambda: answer.is_over)
     assert type(answer.error) is WorkerDied
     assert "signal 9 (SIGKILL)" in str(answer.error)
+    house.start_replica()
+
+
+@pytest.mark.guarantee("R37")
+@given(
+    st.integers(0, 200),
+    st.sampled_from([(), ("e",), ("the", "語 👩"), ("ö", "END o")]),
+    st.sampled_from([*TEXTS, ANSWER]),
+)
+@settings(max_examples=100, deadline=None, print_blob=True)
+def test_the_next_life_makes_the_rest_of_the_text(directory, reference, had, stop, text):
+    house = House(directory, reference.encode(text).ids)
+    whole = house.host.generate("a", max_tokens=150, stop=stop)
+    house.finish()
+    given = [item for item in whole.items if isinstance(item, TextDelta)][:had]
+    tokens = [token for item in given for token in unpack_tokens(item.token_ids).tolist()]
+    resumed = Answer(attrs.evolve(whole.message, generated=pack_tokens(tokens), attempt=2))
+    house.host.submit_again(resumed)
+    house.finish()
+    assert tokens + resumed.tokens_behind(len(tokens)) == whole.tokens
+    assert "".join(item.text for item in given) + resumed.text == whole.text
+    assert (resumed.reply.finish_reason, resumed.reply.stop_reason) == (
+        whole.reply.finish_reason,
+        whole.reply.stop_reason,
+    )
 
 
 def test_a_cancel_goes_all_the_way_down(directory, reference):

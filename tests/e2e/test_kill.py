@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
+import attrs
 import psutil
 import pytest
 from native_runs import NEEDS_NATIVE
@@ -32,11 +32,11 @@ def incarnation_of(engine: Engine, name: str) -> tuple[int, str]:
 class Reader:
     """Reads one stream on a thread, and says how it ended and when."""
 
-    def __init__(self, engine: Engine, prompt: list[int]) -> None:
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams = LONG) -> None:
         self.started, self.ended = threading.Event(), threading.Event()
         self.tokens: list[int] = []
         self.error: BaseException | None = None
-        self._stream = engine.stream(prompt, LONG)
+        self._stream = engine.stream(prompt, params)
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
         assert self.started.wait(20)
@@ -54,20 +54,21 @@ class Reader:
 
 @pytest.mark.guarantee("E2")
 @pytest.mark.parametrize("victim", ["replica.0", "router", "tokenizer.0"])
-def test_a_killed_process_fails_its_requests_at_once_and_is_replaced(victim: str) -> None:
+@pytest.mark.parametrize("params", [LONG, attrs.evolve(LONG, temperature=0.8, seed=7)], ids=["greedy", "seeded"])
+def test_a_killed_process_costs_no_token_and_is_replaced(victim: str, params: SamplingParams) -> None:
     with Engine("demo", chip="null") as engine:
-        reader = Reader(engine, [1, 2, 3])
-        began_s = time.monotonic()
+        undisturbed = [t for d in engine.stream([1, 2, 3], params) for t in d.outputs[0].token_ids]
+        reader = Reader(engine, [1, 2, 3], params)
         os.kill(pid_of(engine, victim), signal.SIGKILL)
 
-        assert reader.ended.wait(10)
-        took_s = time.monotonic() - began_s
+        assert reader.ended.wait(20)
         reader.thread.join()
-        assert isinstance(reader.error, errors.WorkerDied), reader.error
-        assert took_s < 10, f"the error came after {took_s} s"
+        assert reader.error is None, reader.error
+        assert reader.tokens == undisturbed
         eventually(lambda: incarnation_of(engine, victim) == (2, "ready"), f"{victim} is ready again")
-        assert engine.generate([1, 2, 3], SHORT)[0].finished
-        assert engine.statistics().restarts >= 1
+        statistics = engine.statistics()
+        assert statistics.restarts >= 1
+        assert statistics.pages_free == statistics.pages_total
 
 
 @pytest.mark.slow
@@ -135,15 +136,17 @@ def test_packed_weights_are_gone_with_a_killed_host_application() -> None:
 
 @pytest.mark.slow
 @pytest.mark.guarantee("E12")
-def test_the_other_replica_does_not_notice() -> None:
+def test_the_other_replica_takes_over() -> None:
     with Engine("demo", chip="null", data_parallel_size=2) as engine:
+        undisturbed = [t for d in engine.stream([1, 2, 3], LONG) for t in d.outputs[0].token_ids]
         readers = [Reader(engine, [1, 2, 3]), Reader(engine, [1, 2, 3])]
         os.kill(pid_of(engine, "replica.1"), signal.SIGKILL)
 
         assert all(reader.ended.wait(20) for reader in readers)
         for reader in readers:
             reader.thread.join()
-        assert sorted(type(reader.error).__name__ for reader in readers) == ["NoneType", "WorkerDied"]
+        assert [reader.error for reader in readers] == [None, None]
+        assert [reader.tokens for reader in readers] == [undisturbed, undisturbed]
 
 
 @pytest.mark.guarantee("E4")
