@@ -40,13 +40,15 @@ def main(warden_command: Sequence[str] = WARDEN_COMMAND) -> NoReturn:
 
     from ..bus import Node, NodeConfig  # late: see the module docstring
     from .logs import configure_logging
+    from .process_nursery import ProcessNursery
     from .supervisor import SupervisorActor
 
     configure_logging(boot.log_level, SUPERVISOR)
     record = None if boot.record is None else Path(boot.record)
     config = NodeConfig(name=SUPERVISOR, incarnation=1, run_dir=Path(boot.run_dir), seed=boot.seed, record=record)
     fate_fds = (int(tether_fd), open_pidfd(boot.host_pid))
-    Node(config, SupervisorActor(boot, wardens, start_warden, signals_fd, fate_fds)).run()
+    nursery = ProcessNursery(Path(boot.run_dir), wardens, start_warden, signals_fd, fate_fds)
+    Node(config, SupervisorActor(boot, nursery)).run()
     os._exit(0)
 
 

@@ -1,9 +1,9 @@
 """The same actors in one process, on a virtual clock, with a seeded order of events: how races are found.
 
-Owns: every exchange in it, the channels between them, the clock. It plays transport and directory (who is up, who is
-gone); what a message means is left to the exchanges. Each step draws one of the events that could happen next: a
-record arrives, an actor handles a message, a timer fires, a notice about a peer is delivered. Order is kept per sender,
-receiver and socket.
+Owns: every exchange in it, the channels between them, the clock. It plays transport and, unless one of the actors does,
+directory (who is up, who is gone); what a message means is left to the exchanges. Each step draws one of the events
+that could happen next: a record arrives, an actor handles a message, a timer fires, a notice about a peer is delivered.
+Order is kept per sender, receiver and socket.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import ClassVar
 
 from ..errors import BusError, DeadlineExceeded, MailboxFull
 from .actor import Actor, Context
@@ -78,10 +80,12 @@ class _Seat:
         actor: Actor,
         connect: tuple[str, ...],
         codec: Codec | None,
+        on_end: Callable[[str], None] | None,
     ) -> None:
         self.name = name
         self.incarnation = incarnation
         self.connect_to = connect
+        self.on_end = on_end
         self.notices: deque[Notice] = deque()
         self.posted: deque[Callable[[], None]] = deque()
         self.is_alive = True
@@ -139,34 +143,50 @@ class _Seat:
 class LocalSystem:
     """Actors by name, on one virtual clock. Equal seed and equal actors give the same run, event by event.
 
-    ``serialize=False`` passes messages by reference instead of through the codec.
+    ``serialize=False`` passes messages by reference instead of through the codec. ``directory=False`` leaves it to an
+    actor to say who is up and who is gone (``PeerUp``, ``PeerDown``): nobody else hears of an end.
     """
 
-    def __init__(self, seed: int, *, serialize: bool = True) -> None:
+    STOPPED: ClassVar[str] = "stopped"
+    """The reason why an actor that stopped by itself is gone."""
+
+    def __init__(self, seed: int, *, serialize: bool = True, directory: bool = True) -> None:
         self.seed = seed
         self.clock = VirtualClock()
         self.counters: Counter[str] = Counter()
         self._random = random.Random(seed)  # noqa: S311 (repeatable on purpose)
         self._codec: Codec | None = None if serialize else _ByReference()
+        self._is_directory = directory
         self._seats: dict[str, _Seat] = {}
+        self._ends: deque[Notice] = deque()  # of lives, to be told to whoever asked when starting them
         self._lives: Counter[str] = Counter()
         self._channels: dict[Channel, deque[tuple[int, bytes]]] = {}
 
-    def spawn(self, name: str, actor: Actor, connect: tuple[str, ...] = ()) -> Context:
+    def spawn(
+        self,
+        name: str,
+        actor: Actor,
+        connect: tuple[str, ...] = (),
+        *,
+        incarnation: int | None = None,
+        on_end: Callable[[str], None] | None = None,
+    ) -> Context:
         """Start an actor's next life and run its ``on_start``, whose exception is raised here.
 
-        It is linked to each name in ``connect`` as soon as that is alive, and to each living actor that lists it.
+        It is linked to each name in ``connect`` as soon as that is alive, and to each living actor that lists it;
+        without the directory only to those in ``connect`` that are alive now. ``on_end`` is told the reason of this
+        life's end, in an event of its own.
         """
         check_name(name)
         if name in self._seats:
             raise ValueError(f"{name} is alive already")
-        self._lives[name] += 1
-        seat = self._seats[name] = _Seat(self, name, self._lives[name], actor, connect, self._codec)
+        self._lives[name] = self._lives[name] + 1 if incarnation is None else incarnation
+        seat = self._seats[name] = _Seat(self, name, self._lives[name], actor, connect, self._codec, on_end)
         for other in connect:
             if other in self._seats:
                 seat.exchange.peers.connect(other, self._seats[other].incarnation)
         for other_seat in self._seats.values():
-            if name in other_seat.connect_to:
+            if self._is_directory and name in other_seat.connect_to:
                 other_seat.notices.append((_always, self._connect_notice(other_seat, seat)))
         try:
             actor.on_start()
@@ -178,15 +198,19 @@ class LocalSystem:
     def kill(self, name: str, reason: str) -> None:
         """End an actor's life at once. Its neighbours hear of it; its last messages arrive before that, or are late."""
         seat = self._end(name)
+        if seat.on_end is not None:
+            self._ends.append((_always, partial(seat.on_end, reason)))
         for other in self._neighbours(seat):
             other.notices.append((_always, self._down_notice(other, seat, reason)))
 
     def stopped(self, seat: _Seat) -> None:
         """A seat's actor stopped by itself: its last messages arrive before the notice."""
         self._end(seat.name)
+        if seat.on_end is not None:
+            self._ends.append((lambda: not self._has_words_of(seat.name), partial(seat.on_end, self.STOPPED)))
         for other in self._neighbours(seat):
             queues = [self.channel(seat.name, other.name, control) for control in (False, True)]
-            other.notices.append((lambda queues=queues: not any(queues), self._down_notice(other, seat, "stopped")))  # type: ignore[misc]
+            other.notices.append((lambda queues=queues: not any(queues), self._down_notice(other, seat, self.STOPPED)))  # type: ignore[misc]
 
     def incarnation(self, name: str) -> int:
         """The incarnation of a living actor, or 0."""
@@ -260,6 +284,7 @@ class LocalSystem:
             for channel, queue in self._channels.items()
             if queue
         ]
+        events.extend(lambda end=end: self._tell_end(end) for end in self._ends if end[0]())  # type: ignore[misc]
         for seat in self._seats.values():
             events.extend(seat.events())
         if not events:
@@ -274,8 +299,18 @@ class LocalSystem:
         seat.is_alive = False
         return seat
 
+    def _tell_end(self, end: Notice) -> None:
+        self._ends.remove(end)
+        end[1]()
+
+    def _has_words_of(self, name: str) -> bool:
+        """Whether anything that an actor sent is still on its way."""
+        return any(queue for (sender, _, _), queue in self._channels.items() if sender == name)
+
     def _neighbours(self, seat: _Seat) -> list[_Seat]:
-        """Living seats that have, or were promised, a link with this one."""
+        """Living seats that have, or were promised, a link with this one; none if an actor is the directory."""
+        if not self._is_directory:
+            return []
         return [
             other
             for other in self._seats.values()

@@ -292,6 +292,7 @@ def test_a_warden_killed_together_with_its_children_is_survived() -> None:
 def test_a_stopped_warden_delays_neither_the_news_of_a_death_nor_the_end() -> None:
     with Host(*tree_of_four()) as host:
         host.hear(TreeReady)
+        host.hear_if(lambda m: m == ("up", "tokenizer.0"), "link to the tokenizer")
         os.kill(warden_of(host).pid, signal.SIGSTOP)
         os.kill(host.record("tokenizer.0").pid, signal.SIGKILL)
 

@@ -1,0 +1,300 @@
+"""The real supervisor over actors of the one-process system: whole trees on a virtual clock, in any order of events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_actors import pass_time
+from supervised import tree_of_four, worker
+
+from chipbus.actors.boot import HOST, SUPERVISOR, Boot, ChildSpec
+from chipbus.actors.config import EngineConfig
+from chipbus.actors.host import HostActor
+from chipbus.actors.kinds import load_actor
+from chipbus.actors.local_nursery import LocalNursery
+from chipbus.actors.messages.serving import Generate
+from chipbus.actors.messages.tree import (
+    ChildRecord,
+    CloseReport,
+    GroupLost,
+    Shutdown,
+    StartFailure,
+    TreeChanged,
+    TreeReady,
+)
+from chipbus.actors.plan import plan_engine
+from chipbus.actors.request import RequestState
+from chipbus.actors.sampling import SamplingParams
+from chipbus.actors.supervisor import SupervisorActor
+from chipbus.actors.tree_actor import TreeEvents
+from chipbus.bus import Actor, LocalSystem, Ready, handles, pack_tokens
+from chipbus.errors import CheckpointError, ChipbusError
+from chipbus.kernels.null import null_token
+
+KILLED = "signal 9 (SIGKILL)"
+SEEDS = st.integers(0, 2**32)
+PROMPT = [20, 30, 40, 50, 60, 70]
+VOCAB = 1024  # of the demo model
+
+Note = tuple[str, int, str, str, int]  # who, which life of it, "up" or "down", of whom, which life
+
+
+class Worker(Actor):
+    """Ready at once, and writes down what it hears of its peers; misbehaves as its configuration asks."""
+
+    def __init__(self, config: dict[str, Any], diary: list[Note]) -> None:
+        self.config = config
+        self.diary = diary
+
+    def on_start(self) -> None:
+        if "refuse" in self.config:
+            raise CheckpointError(self.config["refuse"])
+        if self.ctx.incarnation in self.config.get("die_in", ()):
+            raise ZeroDivisionError("as told")
+        self.ctx.tell(SUPERVISOR, Ready(0.0))
+
+    def on_stop(self) -> None:
+        if self.config.get("holds_stop"):
+            self.ctx.hold_stop()
+
+    def on_peer_up(self, name: str) -> None:
+        self.note("up", name, self.ctx.peers()[name])
+
+    def on_peer_down(self, name: str, reason: str) -> None:
+        self.note(f"down {reason}", name, 0)
+
+    def note(self, what: str, name: str, life: int) -> None:
+        self.diary.append((self.ctx.name, self.ctx.incarnation, what, name, life))
+
+
+class Listener(Worker):
+    """The host: keeps everything the supervisor says."""
+
+    def __init__(self, diary: list[Note]) -> None:
+        super().__init__({}, diary)
+        self.tree: dict[str, ChildRecord] = {}
+        self.heard: list[Any] = []
+
+    def on_start(self) -> None:
+        pass
+
+    @handles(TreeChanged)
+    def _changed(self, message: TreeChanged, _: object) -> None:
+        self.tree = {record.name: record for record in message.children}
+
+    @handles(TreeReady)
+    @handles(StartFailure)
+    @handles(GroupLost)
+    def _keep(self, message: Any, _: object) -> None:
+        self.heard.append(message)
+
+
+class Tree:
+    """One tree of workers below a real supervisor, with its host, in one process."""
+
+    def __init__(self, seed: int, *children: ChildSpec, **options: Any) -> None:
+        self.system = LocalSystem(seed, directory=False)
+        self.diary: list[Note] = []
+        self.host = Listener(self.diary)
+        self.nursery = LocalNursery(self.system, lambda spec, _: Worker(spec.config, self.diary))
+        boot = Boot(run_dir="", host_pid=0, children=children, seed=seed, **options)
+        self.system.spawn(HOST, self.host)
+        self.supervisor = SupervisorActor(boot, self.nursery)
+        self.system.spawn(SUPERVISOR, self.supervisor)
+
+    def hear(self, kind: type) -> Any:
+        self.system.run_until(lambda: any(isinstance(message, kind) for message in self.host.heard))
+        return next(message for message in self.host.heard if isinstance(message, kind))
+
+    def wait_for(self, name: str, state: str = "ready", incarnation: int = 1) -> ChildRecord:
+        def is_so() -> bool:
+            record = self.host.tree.get(name)
+            return record is not None and (record.state, record.incarnation) == (state, incarnation)
+
+        self.system.run_until(is_so)
+        return self.host.tree[name]
+
+    def shut_down(self, budget_s: float = 5.0) -> CloseReport:
+        answers: list[Any] = []
+        self.host.ctx.ask(
+            SUPERVISOR, Shutdown(budget_s), timeout_s=budget_s + 1, on_reply=answers.append, on_error=answers.append
+        )
+        self.system.run_until(lambda: answers != [])
+        assert isinstance(answers[0], CloseReport)
+        assert all(self.system.incarnation(name) == 0 for name in self.host.tree)
+        return answers[0]
+
+
+@pytest.mark.guarantee("S19")
+@settings(max_examples=40)
+@given(SEEDS, st.sampled_from(["tokenizer.0", "router", "replica.0", "chip.0.0"]))
+def test_in_one_process_too_a_killed_child_comes_back_and_its_neighbours_hear_of_its_death_first(
+    seed: int, victim: str
+) -> None:
+    tree = Tree(seed, *tree_of_four())
+    assert tree.hear(TreeReady).seconds < 1
+    before = tree.wait_for(victim)
+    tree.system.run_until(lambda: len([note for note in tree.diary if note[2] == "up"]) == 5 + 8)
+    del tree.diary[:]
+    neighbours = {other.name for other in tree_of_four() if victim in other.connect}
+    neighbours |= {name for spec in tree_of_four() if spec.name == victim for name in spec.connect}
+    if victim == "replica.0":
+        neighbours.remove("chip.0.0")  # it is restarted along with its replica core
+
+    tree.nursery.kill(victim)
+
+    again = tree.wait_for(victim, incarnation=2)
+    assert (again.restarts, again.last_exit) == (1, KILLED)
+    assert again.pid not in (0, before.pid)
+
+    def news(neighbour: str) -> list[tuple[str, int]]:
+        return [(what, life) for who, own, what, name, life in tree.diary if (who, own, name) == (neighbour, 1, victim)]
+
+    tree.system.run_until(lambda: all(len(news(neighbour)) == 2 for neighbour in neighbours))
+    assert all(news(neighbour) == [(f"down {KILLED}", 0), ("up", 2)] for neighbour in neighbours)
+
+
+@pytest.mark.guarantee("S20")
+@settings(max_examples=40)
+@given(SEEDS)
+def test_in_one_process_too_the_restart_limit_holds_and_a_stop_is_answered_with_every_end(seed: int) -> None:
+    tree = Tree(
+        seed,
+        worker("router", holds_stop=True),
+        worker("replica.0", "router", group="replica.0"),
+        worker("chip.0.0", "replica.0", group="replica.0", die_in=(2, 3)),
+        worker("stays.0", "router"),
+        max_restarts=2,
+    )
+    tree.hear(TreeReady)
+    tree.nursery.kill("chip.0.0")
+
+    lost = tree.hear(GroupLost)
+    assert lost.child == "chip.0.0"
+    assert lost.text.endswith("2 are allowed; the last time with exit code 1: ZeroDivisionError: as told")
+    tree.wait_for("chip.0.0", "gone", 3)
+    tree.wait_for("replica.0", "gone")
+    pass_time(tree.system, 0.1)  # else everything since the last death happens at one moment of virtual time
+    report = tree.shut_down()
+
+    assert [(end.name, end.how, end.exit) for end in report.children] == [
+        ("router", "terminated", "signal 15 (SIGTERM)"),
+        ("replica.0", "died before", "exit code 0"),
+        ("chip.0.0", "died before", "exit code 1"),
+        ("stays.0", "stopped", "exit code 0"),
+    ]
+    assert report.left == ()
+    assert report.seconds <= 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_child_that_cannot_start_fails_the_start_with_its_own_words(seed: int) -> None:
+    tree = Tree(seed, worker("router"), worker("chip.0.0", "router", refuse="no config.json in /x"))
+
+    failure = tree.hear(StartFailure)
+
+    assert (failure.child, failure.error, failure.text) == ("chip.0.0", "CheckpointError", "no config.json in /x")
+    assert tree.shut_down().left == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sigterm_stops_the_whole_tree(seed: int) -> None:
+    tree = Tree(seed, *tree_of_four())
+    tree.hear(TreeReady)
+
+    tree.nursery.terminate()
+
+    tree.system.run_until(lambda: tree.system.incarnation(SUPERVISOR) == 0)
+    assert all(tree.system.incarnation(spec.name) == 0 for spec in tree_of_four())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stop_during_the_start_withdraws_what_has_not_begun(seed: int) -> None:
+    tree = Tree(seed, *tree_of_four())
+    tree.system.run_until(lambda: tree.host.tree != {})
+
+    report = tree.shut_down()
+
+    assert [(end.how, end.exit) for end in report.children] == [("died before", "never started")] * 4
+
+
+def test_equal_seeds_give_equal_lives() -> None:
+    def life(seed: int) -> list[Note]:
+        tree = Tree(seed, *tree_of_four())
+        tree.hear(TreeReady)
+        tree.nursery.kill("router", SIGTERM)
+        tree.wait_for("router", incarnation=2)
+        tree.shut_down()
+        return tree.diary
+
+    assert life(1) == life(1)
+    assert life(1) != life(2)
+
+
+class Engine:
+    """The actors of an engine, all of them the real ones, on a null chip that computes in virtual time."""
+
+    def __init__(self, seed: int) -> None:
+        self.system = LocalSystem(seed, directory=False)
+        config = EngineConfig(chip="null", max_model_len=64, kv_pages=40, page_size=4, max_num_batched_tokens=32)
+        self.host = HostActor(config.max_request_restarts)
+        self.is_ready = False
+        self.deaths: list[ChipbusError] = []
+        self.host.events = TreeEvents(
+            on_bound=lambda: None, on_ready=self._ready, on_dead=self.deaths.append, on_progress=lambda _: None
+        )
+        boot = attrs.evolve(plan_engine(config).boot(Path()), seed=seed)
+        self.nursery = LocalNursery(self.system, self._make)
+        self.system.spawn(HOST, self.host)
+        self.system.spawn(SUPERVISOR, SupervisorActor(boot, self.nursery))
+        self.system.run_until(lambda: self.is_ready or self.deaths != [])
+        assert self.deaths == []
+
+    def _ready(self) -> None:
+        self.is_ready = True
+
+    @staticmethod
+    def _make(spec: ChildSpec, _: int) -> Actor:
+        return load_actor(spec.kind, {**spec.config, **({"inline": True} if spec.kind == "chip" else {})})
+
+    def submit(self, max_tokens: int) -> RequestState:
+        state = RequestState("r0", 1, False, lambda: None)
+        params = SamplingParams(seed=0, max_tokens=max_tokens, ignore_eos=True)
+        self.host.submit(Generate(request_id="r0", prompt_token_ids=pack_tokens(PROMPT), params=params), 0, state, 1e5)
+        return state
+
+    def close(self) -> CloseReport:
+        answers: list[Any] = []
+        self.host.shut_down(5.0, answers.append)
+        self.system.run_until(lambda: answers != [])
+        assert isinstance(answers[0], CloseReport)
+        return answers[0]
+
+
+@pytest.mark.guarantee("S21")
+@pytest.mark.parametrize("seed", range(6))
+def test_an_engines_own_actors_serve_under_the_supervisor_in_one_process_also_when_a_chip_is_killed(seed: int) -> None:
+    expected = list(PROMPT)
+    for position in range(len(PROMPT) - 1, len(PROMPT) + 19):
+        expected.append(null_token(expected[-1], position, VOCAB))
+    engine = Engine(seed)
+    state = engine.submit(20)
+    if seed % 2:
+        engine.system.run_until(lambda: state.drain() is not None)
+        engine.nursery.kill("chip.0.0")
+
+    engine.system.run_until(lambda: state.is_over)
+
+    assert list(state.whole().outputs[0].token_ids) == expected[len(PROMPT) :]
+    report = engine.close()
+    assert [(end.name, end.how) for end in report.children] == [
+        ("tokenizer.0", "stopped"), ("router", "stopped"), ("replica.0", "stopped"), ("chip.0.0", "stopped"),
+    ]  # fmt: skip
+    assert report.children[-1].incarnation == 1 + seed % 2
+    assert report.left == ()
