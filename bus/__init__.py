@@ -8,6 +8,7 @@ from .conversation import Ask, Call
 from .envelope import Lane
 from .ledger import Entry, LedgerReader, LedgerWriter, read_ledger
 from .lifecycle import Failure, PeerDown, PeerUp, Ping, Pong, Progress, Ready, Stop, error_of, failure_of
+from .link_faults import LinkFaults
 from .local import LocalSystem
 from .logs import get_logger
 from .node import Node, NodeConfig
@@ -28,6 +29,7 @@ __all__ = [
     "Lane",
     "LedgerReader",
     "LedgerWriter",
+    "LinkFaults",
     "LocalSystem",
     "Node",
     "NodeConfig",

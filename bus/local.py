@@ -3,7 +3,8 @@
 Owns: every exchange in it, the channels between them, the clock. It plays transport and, unless one of the actors does,
 directory (who is up, who is gone); what a message means is left to the exchanges. Each step draws one of the events
 that could happen next: a record arrives, an actor handles a message, a timer fires, a notice about a peer is delivered.
-Order is kept per sender, receiver and socket.
+Order is kept per sender, receiver and socket. Beyond that actors can be killed and frozen at any moment, and records
+dropped, repeated and delayed (``LinkFaults``).
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from .addresses import check_name
 from .clock import NS_PER_S, VirtualClock
 from .context import BoundContext
 from .exchange import Exchange
+from .link_faults import LinkFaults
 from .ports import Codec
 from .registry import type_of
 
 __all__ = ["LocalSystem"]
 
+FOR_EVER_S = 1e9
 MAX_STEPS_PER_INSTANT = 1_000_000  # two actors that answer each other for ever would stop the clock
 
 Channel = tuple[str, str, bool]  # sender, receiver, is control
@@ -89,12 +92,18 @@ class _Seat:
         self.notices: deque[Notice] = deque()
         self.posted: deque[Callable[[], None]] = deque()
         self.is_alive = True
+        self.thaws_ns = 0  # frozen until then, on the system's clock
         self._system = system
         self.exchange = Exchange(
             actor, self, name=name, incarnation=incarnation, clock=system.clock, seed=system.seed, codec=codec
         )
         self.context: Context = BoundContext(self.exchange, self)
         actor.ctx = self.context
+
+    @property
+    def is_frozen(self) -> bool:
+        """Nothing happens here, as in a process that is stopped."""
+        return self.thaws_ns > self._system.clock.now_ns()
 
     def make_link(self, name: str, incarnation: int) -> None:
         self._system.link(self, name, incarnation)
@@ -114,6 +123,8 @@ class _Seat:
 
     def events(self) -> Iterable[Callable[[], object]]:
         """What could happen next at this seat."""
+        if self.is_frozen:
+            return
         if self.notices and self.notices[0][0]():
             yield self._notice
         if self.posted:
@@ -144,13 +155,16 @@ class LocalSystem:
     """Actors by name, on one virtual clock. Equal seed and equal actors give the same run, event by event.
 
     ``serialize=False`` passes messages by reference instead of through the codec. ``directory=False`` leaves it to an
-    actor to say who is up and who is gone (``PeerUp``, ``PeerDown``): nobody else hears of an end.
+    actor to say who is up and who is gone (``PeerUp``, ``PeerDown``): nobody else hears of an end. ``faults`` need the
+    codec.
     """
 
     STOPPED: ClassVar[str] = "stopped"
     """The reason why an actor that stopped by itself is gone."""
 
-    def __init__(self, seed: int, *, serialize: bool = True, directory: bool = True) -> None:
+    def __init__(
+        self, seed: int, *, serialize: bool = True, directory: bool = True, faults: LinkFaults | None = None
+    ) -> None:
         self.seed = seed
         self.clock = VirtualClock()
         self.counters: Counter[str] = Counter()
@@ -161,6 +175,8 @@ class LocalSystem:
         self._ends: deque[Notice] = deque()  # of lives, to be told to whoever asked when starting them
         self._lives: Counter[str] = Counter()
         self._channels: dict[Channel, deque[tuple[int, bytes]]] = {}
+        self._faults = faults
+        self._held_ns: dict[Channel, int] = {}  # delayed channels, and until when
 
     def spawn(
         self,
@@ -211,6 +227,10 @@ class LocalSystem:
         for other in self._neighbours(seat):
             queues = [self.channel(seat.name, other.name, control) for control in (False, True)]
             other.notices.append((lambda queues=queues: not any(queues), self._down_notice(other, seat, self.STOPPED)))  # type: ignore[misc]
+
+    def freeze(self, name: str, seconds: float) -> None:
+        """Let an actor do nothing for so many virtual seconds, or until it is killed; what is sent to it waits."""
+        self._seats[name].thaws_ns = self.clock.now_ns() + int(min(seconds, FOR_EVER_S) * NS_PER_S)
 
     def incarnation(self, name: str) -> int:
         """The incarnation of a living actor, or 0."""
@@ -265,24 +285,54 @@ class LocalSystem:
 
     def deliver_control(self, seat: _Seat) -> None:
         """Everything that waits on the seat's control channels arrives, as it does at the start of a node's turn."""
-        for (sender, receiver, control), queue in list(self._channels.items()):
-            while queue and control and receiver == seat.name and seat.is_alive:
-                self._deliver(sender, receiver, control)
+        for channel, queue in list(self._channels.items()):
+            while queue and channel[2] and channel[1] == seat.name and seat.is_alive and not self._is_held(channel):
+                self._deliver(*channel)
+
+    def _is_held(self, channel: Channel) -> bool:
+        """Nothing arrives there now: it is delayed, or its receiver frozen."""
+        seat = self._seats.get(channel[1])
+        return self._held_ns.get(channel, 0) > self.clock.now_ns() or (seat is not None and seat.is_frozen)
 
     def _deliver(self, sender: str, receiver: str, control: bool) -> None:
-        incarnation, record = self._channels[sender, receiver, control].popleft()
+        queue = self._channels[sender, receiver, control]
+        if self._faults is not None and self._befalls(self._faults, (sender, receiver, control)):
+            return
+        incarnation, record = queue.popleft()
         seat = self._seats.get(receiver)
         if seat is None or seat.incarnation != incarnation:
             self.counters["late_frames"] += 1
         else:
             seat.exchange.receive(sender, record, control=control)
 
+    def _befalls(self, faults: LinkFaults, channel: Channel) -> bool:
+        """Draw what goes wrong with the next record of a channel; True if it does not arrive now."""
+        queue = self._channels[channel]
+        drawn = self._random.random()
+        if drawn < faults.drop:
+            if faults.spares(*channel):
+                return False
+            queue.popleft()
+            self.counters["dropped"] += 1
+            return True
+        drawn -= faults.drop
+        if drawn < faults.duplicate:
+            queue.append(queue[0])
+            self.counters["duplicated"] += 1
+            return False
+        if drawn - faults.duplicate < faults.delay:
+            delay_ns = int(self._random.random() * faults.longest_delay_s * NS_PER_S)
+            self._held_ns[channel] = self.clock.now_ns() + delay_ns
+            self.counters["delayed"] += 1
+            return True
+        return False
+
     def _step(self) -> bool:
         """Let one drawn event happen; False if none can."""
         events: list[Callable[[], object]] = [
             lambda channel=channel: self._deliver(*channel)  # type: ignore[misc]
             for channel, queue in self._channels.items()
-            if queue
+            if queue and not self._is_held(channel)
         ]
         events.extend(lambda end=end: self._tell_end(end) for end in self._ends if end[0]())  # type: ignore[misc]
         for seat in self._seats.values():
@@ -328,10 +378,15 @@ class LocalSystem:
     # What is open.
 
     def _next_due_ns(self) -> int | None:
-        return min(
-            (due for seat in self._seats.values() if (due := seat.exchange.timers.next_due_ns()) is not None),
-            default=None,
-        )
+        now_ns = self.clock.now_ns()
+        moments = [until_ns for until_ns in self._held_ns.values() if until_ns > now_ns]
+        for seat in self._seats.values():
+            due_ns = seat.exchange.timers.next_due_ns()
+            if seat.is_frozen:
+                moments.append(seat.thaws_ns)
+            elif due_ns is not None:
+                moments.append(due_ns)
+        return min(moments, default=None)
 
     def _open_things(self) -> str:
         things = []

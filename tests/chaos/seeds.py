@@ -1,0 +1,121 @@
+"""The scenarios of ``chaos.py`` on a virtual clock: a seed draws engine, requests and faults, and repeats them exactly.
+
+    python tests/chaos/seeds.py 17              # one seed, telling every fault
+    python tests/chaos/seeds.py --count 10000   # many, stopping at the first that fails
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+import time
+
+import attrs
+from local_engine import VOCAB, LocalEngine, expected_tokens
+
+from chipbus import SamplingParams
+from chipbus.bus import LinkFaults
+from chipbus.errors import DeadlineExceeded
+
+__all__ = ["run"]
+
+LIMIT_S = 600.0  # virtual; recoveries take seconds
+EVENTS = 400  # at most, between two faults
+
+
+def _link_faults(draw: random.Random) -> LinkFaults | None:
+    """Every fourth seed loses nothing on links, the others repeat, delay or lose records."""
+    kind = 0
+    if kind == 0:
+        return None
+    rate = draw.choice([0.002, 0.01, 0.05])
+    return LinkFaults(
+        duplicate=rate,
+        delay=rate if kind > 1 else 0.0,
+        drop=rate / 4 if kind > 2 else 0.0,
+        longest_delay_s=draw.choice([0.001, 0.1, 2.0]),
+        spares=_spared,
+    )
+
+
+def _spared(sender: str, receiver: str, control: bool) -> bool:
+    """What the host and the supervisor say to each other is not lost: nobody could tell the host its engine's state."""
+    return {sender, receiver} == {"host", "supervisor"}
+
+
+def run(seed: int, say: object = None) -> dict[str, int]:
+    """One scenario. Raises ``AssertionError`` or ``DeadlineExceeded`` if anything is lost, wrong or left; its counts."""
+    draw = random.Random(seed)  # noqa: S311 (repeatable on purpose)
+    tell = print if say else (lambda *_: None)
+    faults = _link_faults(draw)
+    replicas = draw.randint(1, 3)
+    tell(f"{replicas} replicas, {faults}")
+    engine = LocalEngine(seed, replicas=replicas, faults=faults)
+    wanted = []
+    for _ in range(draw.randint(2, 6)):
+        prompt = [draw.randrange(20, VOCAB) for _ in range(draw.randint(1, 20))]
+        count = draw.randint(1, 15)
+        params = SamplingParams(max_tokens=count, ignore_eos=True, temperature=0.5, seed=draw.getrandbits(30))
+        wanted.append((engine.submit(prompt, params), expected_tokens(prompt, count)))
+    strikes = draw.randint(1, 6)
+    for _ in range(strikes):
+        _let_happen(engine, draw.randrange(EVENTS))
+        name = draw.choice(engine.names)
+        if not engine.is_alive(name):
+            continue
+        how = draw.choice(["kill", "kill", "freeze"])
+        tell(f"{engine.system.clock.now_ns() / 1e9:.6f} s: {how} {name} (life {engine.system.incarnation(name)})")
+        if how == "kill":
+            engine.nursery.kill(name)
+        else:
+            engine.system.freeze(name, draw.uniform(0.001, 2.0) if how == "freeze" else 1e8)
+    engine.system.run_until(lambda: all(state.is_over for state, _ in wanted), LIMIT_S)
+    for state, tokens in wanted:
+        output = state.whole()
+        assert list(output.outputs[0].token_ids) == tokens, f"{state.request_id}: {output.outputs[0].token_ids}"
+        assert output.outputs[0].finish_reason == "length"
+    engine.system.run_until(engine.is_idle, LIMIT_S)
+    failures = {name: n for name, actor in engine.actors.items() if (n := actor.ctx.counters().get("handler_failures"))}
+    assert not failures, f"handlers failed: {failures}"
+    report = engine.close()
+    assert report.left == ()
+    assert engine.deaths == []
+    return {"requests": len(wanted), "strikes": strikes, **engine.system.counters}
+
+
+def _let_happen(engine: LocalEngine, events: int) -> None:
+    """Some more events, if there are so many without time going by."""
+    left = events
+
+    def done() -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0 or all(state.is_over for state in engine.states)
+
+    engine.system.run_until(done, LIMIT_S)
+
+
+def main() -> int:
+    """Run seeds; 0 if all went well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--count", type=int, default=1)
+    options = parser.parse_args()
+    logging.getLogger("chipbus").setLevel(logging.CRITICAL if options.count > 1 else logging.INFO)
+    began_s = time.monotonic()
+    for seed in range(options.seed, options.seed + options.count):
+        try:
+            run(seed, say=options.count == 1)
+        except (AssertionError, DeadlineExceeded) as error:
+            print(f"seed {seed}: {error}", file=sys.stderr)
+            if options.count == 1:
+                raise
+            return 1
+    print(f"{options.count} seeds in {time.monotonic() - began_s:.1f} s: nothing lost, wrong or left")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
