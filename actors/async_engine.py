@@ -105,6 +105,11 @@ class AsyncEngine:
         """As ``Engine.tree``."""
         return list(self._runtime.tree())
 
+    @property
+    def run_dir(self) -> str:
+        """See ``Engine.run_dir``."""
+        return str(self._runtime.processes.run_dir)
+
     async def close(self) -> CloseReport:
         """As ``Engine.close``."""
         return await asyncio.to_thread(self._runtime.close)

@@ -136,6 +136,11 @@ class Engine:
         """Every process of this engine: name, kind, pid, parent, state, incarnation, restarts."""
         return list(self._runtime.tree())
 
+    @property
+    def run_dir(self) -> str:
+        """Where its sockets are, for ``bus-run top``; gone when the engine is closed."""
+        return str(self._runtime.processes.run_dir)
+
     def close(self) -> CloseReport:
         """Stop every process under one deadline (``close_timeout_s``); a second call returns the same report."""
         report = self._runtime.close()

@@ -118,6 +118,11 @@ class ProcessTree:
         return self._actor.tree
 
     @property
+    def run_dir(self) -> Path:
+        """The run directory, which is removed at the end."""
+        return self._run_dir.path
+
+    @property
     def is_closing(self) -> bool:
         """A close has begun, or has ended."""
         return self._closing

@@ -208,8 +208,8 @@ class Chaos:
         """No caller has got anything wrong, and nobody lives without an owner."""
         if self.load.wrong:
             raise Violation("; ".join(self.load.wrong))
-        if lost := strays():
-            raise Violation(f"processes without an owner: {', '.join(lost)}")
+        if not wait_until(lambda: not strays(), RECOVERY_S):
+            raise Violation(f"processes without an owner: {', '.join(strays())}")
 
     def picture(self) -> str:
         return ", ".join(f"{r.name} {r.state} (life {r.incarnation}, {r.last_exit})" for r in self.engine.tree())

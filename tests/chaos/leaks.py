@@ -14,6 +14,7 @@ from chipbus import Engine
 
 __all__ = ["Holdings", "holdings", "strays", "wait_until"]
 
+OF_A_CHILD = 2  # descriptors a warden keeps of each: pidfd, and the pipe of its last words
 OUR_NAMES = ("tokenizer.", "router", "replica.", "chip.", "warden.", "supervisor")
 
 
@@ -44,7 +45,8 @@ def holdings(engine: Engine, run_dir: Path) -> Holdings:
                 continue
             living.append(records.get(process.pid, name))
             if name.startswith("warden."):
-                wardens.append(_descriptors(process.pid))
+                own = _descriptors(process.pid) - OF_A_CHILD * len(process.children())
+                wardens.append(own)  # children of a warden that was killed are no longer any warden's
             if records.get(process.pid) == "supervisor":
                 supervisor = (_descriptors(process.pid), _memory_files(process.pid))
         except (psutil.NoSuchProcess, FileNotFoundError):
