@@ -72,7 +72,7 @@ class Chaos:
         self.seed = seed
         self.chip = chip
         self.replicas = replicas
-        self.draw = random.Random(seed)  # noqa: S311 (repeatable on purpose)
+        self.draw = random.Random(seed)
         self.recoveries: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.finished = self.tokens = self.retried = self.ended_with_engine = 0
         self.cases: list[Case] = []
@@ -155,14 +155,16 @@ class Chaos:
             return
         os.kill(pid, signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
         if not wait_until(lambda: self.load.ended_with_engine == CALLERS or bool(self.load.wrong), RECOVERY_S):
-            raise Violation(f"only {self.load.ended_with_engine} of {CALLERS} callers heard that the supervisor is gone")
+            raise Violation(
+                f"only {self.load.ended_with_engine} of {CALLERS} callers heard that the supervisor is gone"
+            )
         self.end()
         self.start()
 
     def kill_a_host(self) -> None:
         """Another host application of the same machine."""
         command = [sys.executable, "-c", HOST, self.chip]
-        host = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        host = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert host.stdout is not None
         assert host.stdin is not None
         pids = [int(word) for word in host.stdout.readline().split()]
@@ -221,7 +223,9 @@ class Chaos:
         report = self.engine.close()
         if report.left:
             raise Violation(f"close() left {report.left}")
-        if not wait_until(lambda: not self.run_dir.exists() and not psutil.Process().children(recursive=True), RECOVERY_S):
+        if not wait_until(
+            lambda: not self.run_dir.exists() and not psutil.Process().children(recursive=True), RECOVERY_S
+        ):
             raise Violation(f"after close(): {psutil.Process().children(recursive=True)}, {self.run_dir}")
         for field in ("finished", "tokens", "retried", "ended_with_engine"):
             setattr(self, field, getattr(self, field) + getattr(self.load, field))

@@ -59,7 +59,7 @@ def holdings(engine: Engine, run_dir: Path) -> Holdings:
         warden_descriptors=tuple(sorted(wardens)),
         memory_files=supervisor[1],
         run_directory=tuple(sorted(_nameless(path.name) for path in run_dir.iterdir())),
-        shared_memory=tuple(sorted(path.name for path in Path("/dev/shm").iterdir())),  # noqa: S108 (looked at only)
+        shared_memory=tuple(sorted(path.name for path in Path("/dev/shm").iterdir())),
     )
 
 

@@ -26,7 +26,7 @@ class Case:
 
 def make_cases(engine: Engine, seed: int, count: int) -> list[Case]:
     """Requests of several kinds, answered while nothing is wrong: greedy, seeded, with penalties, with stop strings."""
-    draw = random.Random(seed)  # noqa: S311 (repeatable on purpose)
+    draw = random.Random(seed)
     cases = []
     for number in range(count):
         prompt = tuple(draw.randrange(20, 900) for _ in range(draw.randint(1, 40)))
@@ -73,7 +73,7 @@ class Load:
                 self.wrong.append(f"{thread.name} hangs: its request did not end within {timeout_s:g} s")
 
     def _call(self, number: int, seed: int) -> None:
-        draw = random.Random(seed)  # noqa: S311
+        draw = random.Random(seed)
         while not self._is_over.is_set():
             case = draw.choice(self._cases)
             try:

@@ -1,7 +1,7 @@
 """The scenarios of ``chaos.py`` on a virtual clock: a seed draws engine, requests and faults, and repeats them exactly.
 
-    python tests/chaos/seeds.py 17              # one seed, telling every fault
-    python tests/chaos/seeds.py --count 10000   # many, stopping at the first that fails
+python tests/chaos/seeds.py 17              # one seed, telling every fault
+python tests/chaos/seeds.py --count 10000   # many, stopping at the first that fails
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import random
 import sys
 import time
 
-import attrs
 from local_engine import VOCAB, LocalEngine, expected_tokens
 
 from chipbus import SamplingParams
@@ -47,7 +46,7 @@ def _spared(sender: str, receiver: str, control: bool) -> bool:
 
 def run(seed: int, say: object = None) -> dict[str, int]:
     """One scenario. Raises ``AssertionError`` or ``DeadlineExceeded`` if anything is lost, wrong or left; its counts."""
-    draw = random.Random(seed)  # noqa: S311 (repeatable on purpose)
+    draw = random.Random(seed)
     tell = print if say else (lambda *_: None)
     faults = _link_faults(draw)
     replicas = draw.randint(1, 3)
