@@ -91,7 +91,7 @@ def _nameless(name: str) -> str:
 
 
 def _descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def _memory_files(pid: int) -> int:

@@ -33,7 +33,7 @@ def test_signals_environment_streams_and_directory_of_the_host_are_as_before() -
             signal.pthread_sigmask(signal.SIG_BLOCK, ()),
             dict(os.environ),
             list(sys.path),
-            os.getcwd(),
+            Path.cwd(),
             sys.stdout,
             sys.stderr,
             sys.excepthook,
@@ -83,7 +83,7 @@ def test_a_host_that_waits_for_any_child_takes_nothing_the_engine_needs() -> Non
     assert tokens(engine)
     report = engine.close()
     reaper.join(10)
-    assert reaped == [supervisor]
+    assert set(reaped) <= {supervisor}  # or the engine was faster
     assert report.left == ()
 
 
@@ -109,9 +109,9 @@ def test_several_engines_of_one_process_share_nothing() -> None:
     with Engine("demo", chip="null") as one, Engine("demo", chip="null", data_parallel_size=2) as two:
         expected = tokens(one)
         os.kill(next(r.pid for r in one.tree() if r.kind == "supervisor"), signal.SIGKILL)
+        eventually(lambda: one._runtime.processes.death is not None, "the first engine knows that it is dead")
         with pytest.raises(errors.EngineDead):
-            for _ in range(1000):
-                tokens(one)
+            tokens(one)
         assert tokens(two) == expected
         one.close()
         assert tokens(two) == expected
@@ -197,9 +197,7 @@ def test_pools_that_fork_the_host_do_no_harm_and_are_told() -> None:
         said = ours.recv_bytes().decode()
         copy.join(10)
         assert copy.exitcode == 0  # it ran its exit hooks, too
-        assert (
-            said == f"this engine belongs to process {os.getpid()}; {copy.pid} is a forked copy and must make its own"
-        )
+        assert said.startswith(f"this engine belongs to process {os.getpid()}; {copy.pid} is a forked copy")
         assert tokens(engine) == expected
         assert all(record.incarnation == 1 for record in engine.tree())
         for connection in (ours, theirs):
