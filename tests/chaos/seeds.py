@@ -45,7 +45,7 @@ def _spared(sender: str, receiver: str, control: bool) -> bool:
 
 
 def run(seed: int, say: object = None) -> dict[str, int]:
-    """One scenario; its counts. Raises ``AssertionError`` or ``DeadlineExceeded`` if anything is lost, wrong or left."""
+    """One scenario; its counts. Raises ``AssertionError`` or ``DeadlineExceeded`` if anything is lost or wrong."""
     draw = random.Random(seed)
     tell = print if say else (lambda *_: None)
     faults = _link_faults(draw)
