@@ -16,6 +16,7 @@ from typing import Protocol
 import attrs
 import zmq
 
+from ..errors import ChipbusError, StartFailed
 from .actor import Actor
 from .addresses import check_run_dir, inbox_paths
 from .clock import Clock, SystemClock
@@ -24,6 +25,8 @@ from .envelope import MAX_FRAME_BYTES
 from .exchange import Exchange
 from .inbox import Inbox
 from .ledger import LedgerWriter
+from .ports import Driver
+from .shortages import explain, require_descriptors
 from .uplink import Uplink
 from .wire import Connection
 
@@ -34,6 +37,9 @@ SERVE_NS = 500_000  # work handled in one turn before sockets are looked at agai
 LONGEST_POLL_MS = 3_600_000  # a deadline from elsewhere may be further away than poll can count
 RETRY_MS = 1  # until a socket that would not take a frame is tried again
 FLUSH_NS = 500_000_000  # for a stopped node to hand its last words to its sockets
+DESCRIPTORS = 12  # a node without links opens fewer
+UPLINK_DESCRIPTORS = 8  # two sockets, their monitors at both ends, two connections
+BROKEN_NS = 3_000_000_000  # for the directory to say how a peer ended whose connection broke
 LINGER_MS = 500  # and for those to hand them to the kernel; only a peer that does not read costs this
 
 
@@ -46,6 +52,7 @@ class NodeConfig:
     run_dir: Path  # ours, mode 0700, on this host
     seed: int = 0
     record: Path | None = None  # directory for the ledger
+    expects: frozenset[str] | None = None  # names that may link to its inbox; None: any
 
 
 class Reader(Protocol):
@@ -60,18 +67,23 @@ class Reader(Protocol):
 class Sockets:
     """The sockets of one node: made with the same options, polled together, closed together."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, driver: Driver) -> None:
         self.exchange = exchange
+        self.watch, self.unwatch = driver.watch, driver.unwatch
         self.poller = zmq.Poller()
         self.readers: dict[zmq.Socket[bytes], Reader] = {}
         self._open: set[zmq.Socket[bytes]] = set()
+        self._broken: set[tuple[str, int]] = set()
         self.dirty: list[Connection] = []
         self._context = zmq.Context(io_threads=1)
         self._context.linger = 0
 
     def open(self, kind: int) -> zmq.Socket[bytes]:
-        """A socket that never blocks and keeps nothing after its end."""
-        socket = self._context.socket(kind)
+        """A socket that never blocks and keeps nothing after its end. Raises ``StartFailed`` without descriptors."""
+        try:
+            socket = self._context.socket(kind)
+        except zmq.ZMQError as error:
+            raise StartFailed(f"{self.exchange.name} cannot open a socket: {explain(error.errno)}") from error
         self._open.add(socket)
         socket.sndtimeo = 0
         socket.sndhwm = socket.rcvhwm = HIGH_WATER
@@ -97,13 +109,35 @@ class Sockets:
             try:
                 if not connection.flush():
                     self.dirty.append(connection)
-            except zmq.ZMQError as error:  # the peer is gone; its asks are failed when the directory says so
+            except zmq.ZMQError as error:  # the peer is gone
                 self.exchange.count("dead_letters", connection.clear(), peer=connection.peer, error=str(error))
+                link = self.exchange.peers.links.get(connection.peer)
+                if link is not None and link.port is connection:
+                    self.broken(link.peer, link.incarnation)
+
+    def broken(self, peer: str, incarnation: int) -> None:
+        """The connection below a link has ended; so does the link, unless the directory says first how its peer did."""
+
+        def give_up() -> None:
+            self._broken.discard((peer, incarnation))
+            link = self.exchange.peers.links.get(peer)
+            if link is not None and link.incarnation == incarnation:
+                reason = f"its connection broke: it closed it, or a frame was over {MAX_FRAME_BYTES} bytes"
+                self.exchange.count("broken_links", peer=peer, life=incarnation, reason=reason)
+                self.exchange.peers.down(peer, incarnation, reason)
+
+        if (peer, incarnation) not in self._broken:
+            self._broken.add((peer, incarnation))
+            self.exchange.timers.at(self.exchange.clock.now_ns() + BROKEN_NS, give_up)
 
     def close(self, socket: zmq.Socket[bytes]) -> None:
-        """Close one socket, dropping what it has not sent."""
+        """Close one socket that has a reader, dropping what it has not sent."""
         self.poller.unregister(socket)
         del self.readers[socket]
+        self.drop(socket)
+
+    def drop(self, socket: zmq.Socket[bytes]) -> None:
+        """Close one socket that nobody polls, dropping what it has not sent."""
         self._open.discard(socket)
         socket.close(linger=0)
 
@@ -155,16 +189,18 @@ class Node:
     def run(self) -> None:
         """Bind the inbox, start the actor, loop until it stops. Sockets and descriptors are always closed. Any thread.
 
-        Raises what ``on_start`` raises, and ``BusError`` if this life of the name has an inbox already.
+        Raises what ``on_start`` raises, ``BusError`` if this life of the name has an inbox already, ``ConfigError`` if
+        the inbox cannot be bound, and ``StartFailed`` without enough file descriptors.
         """
         linger_ms = 0
         inbox = None
-        sockets = self._sockets = Sockets(self._exchange)
+        require_descriptors(DESCRIPTORS, f"the bus of {self._config.name}")
+        sockets = self._sockets = Sockets(self._exchange, self)
         try:
-            inbox = Inbox(sockets, self._config.run_dir)
+            inbox = Inbox(sockets, self._config.run_dir, self._config.expects)
             self._open_wake()
             for name, incarnation in self._first_links:
-                Uplink(sockets, self._config.run_dir, name, incarnation)
+                self._uplink(sockets, name, incarnation)
             self._actor.on_start()
             while not self._exchange.is_finished:
                 self._turn(sockets)
@@ -182,8 +218,17 @@ class Node:
         """Connect to a peer; before ``run``, note it."""
         if self._sockets is None:
             self._first_links.append((name, incarnation))
-        else:
-            Uplink(self._sockets, self._config.run_dir, name, incarnation)
+            return
+        try:
+            self._uplink(self._sockets, name, incarnation)
+        except ChipbusError as error:
+            reason = f"cannot connect to it: {error}"
+            self._exchange.log.error("link.failed", peer=name, life=incarnation, reason=str(error))
+            self._exchange.soon(lambda: self._exchange.peers.down(name, incarnation, reason))
+
+    def _uplink(self, sockets: Sockets, name: str, incarnation: int) -> None:
+        require_descriptors(UPLINK_DESCRIPTORS, f"a link from {self._config.name} to {name}")
+        Uplink(sockets, self._config.run_dir, name, incarnation)
 
     def finish(self) -> None:
         """The actor has stopped."""

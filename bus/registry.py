@@ -14,7 +14,7 @@ import attrs
 import msgspec
 
 from ..errors import BadFrame
-from .envelope import Lane
+from .envelope import MAX_BODY_BYTES, Lane
 from .schema import describe
 
 __all__ = [
@@ -99,11 +99,17 @@ def type_of(value: object) -> MessageType:
 
 
 def encode(value: object) -> bytes:
-    """A registered message as msgpack. Raises ``BadFrame`` if a field's value has no wire form."""
+    """A registered message as msgpack. Raises ``BadFrame`` if a field's value has no wire form, or all is too long."""
     try:
-        return _ENCODER.encode(value)
+        body = _ENCODER.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadFrame(f"{type(value).__qualname__} cannot be encoded: {error}") from error
+    if len(body) > MAX_BODY_BYTES:
+        name = type(value).__qualname__
+        raise BadFrame(
+            f"{name} has {len(body)} bytes, and at most {MAX_BODY_BYTES} fit into a message; send it in parts"
+        )
+    return body
 
 
 def decode(type_id: int, body: bytes | memoryview) -> Any:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import zmq
 
 from ..errors import BadFrame
-from .addresses import inbox_paths
+from .addresses import check_run_dir, inbox_paths
+from .breaks import BreakWatch
 from .envelope import HEADER, Kind, split
 from .inbox import FRAMES_PER_TURN
 from .lifecycle import Failure, Hello
@@ -37,6 +38,7 @@ class _End:
         self.control = control
         self.is_open = True
         self.socket = sockets.open(zmq.DEALER)
+        self.breaks = BreakWatch(sockets, self.socket, uplink.broken)
         self.socket.connect(f"ipc://{path}")
         sockets.add_reader(self.socket, self)
         self._say_hello()
@@ -83,7 +85,10 @@ class _End:
 
 
 class Uplink:
-    """Connects at once. Up when the first WELCOME arrives: the binder sends it only after a HELLO on both sockets."""
+    """Connects at once. Up when the first WELCOME arrives: the binder sends it only after a HELLO on both sockets.
+
+    Raises ``ConfigError`` for a run directory that others may enter: whoever listens there need not be our peer.
+    """
 
     def __init__(self, sockets: Sockets, run_dir: Path, name: str, incarnation: int) -> None:
         self.name = name
@@ -91,6 +96,7 @@ class Uplink:
         self._exchange = sockets.exchange
         self._sockets = sockets
         self._is_up = False
+        check_run_dir(run_dir)
         control, data = inbox_paths(run_dir, name, incarnation)
         self._ends = (_End(self, sockets, data, False), _End(self, sockets, control, True))
         channels = [Channel(end.socket, None) for end in self._ends]
@@ -110,9 +116,15 @@ class Uplink:
         self._exchange.peers.down(self.name, self.incarnation, text)
         self.close()
 
+    def broken(self) -> None:
+        """The connection of one socket has ended, which the binder cannot tell us, or has not."""
+        if all(end.is_open for end in self._ends):
+            self._sockets.broken(self.name, self.incarnation)
+
     def close(self) -> None:
         """Close both sockets. Idempotent."""
         for end in self._ends:
             if end.is_open:
                 end.is_open = False
+                end.breaks.close()
                 self._sockets.close(end.socket)
