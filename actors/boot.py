@@ -65,11 +65,18 @@ class Boot:
                     raise ConfigError(f"{spec.name} connects to {other!r}, which is no child and not the host")
 
     def write(self) -> Path:
-        """Write the boot file into the run directory; its path."""
+        """Write the boot file into the run directory; its path. Raises ``OSError``."""
         self.check()
         path = Path(self.run_dir) / "boot.json"
         path.write_bytes(msgspec.json.encode(self))
         return path
+
+    def expected_by(self, name: str) -> frozenset[str]:
+        """The nodes that connect to the node of that name, the supervisor and the host included."""
+        if name == SUPERVISOR:
+            return frozenset(spec.name for spec in self.children)
+        callers = {spec.name for spec in self.children if name in spec.connect}
+        return frozenset({*callers, SUPERVISOR} if name == HOST else callers)
 
     @classmethod
     def read(cls, path: Path) -> Boot:

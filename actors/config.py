@@ -85,6 +85,12 @@ class EngineConfig:
     record: Path | None = _setting(
         None, "directory to record the run in", attrs.validators.instance_of(Path), attrs.converters.optional(Path)
     )
+    run_dir: Path | None = _setting(
+        None,
+        "directory for the engine's sockets while it runs, one engine at a time; default: a fresh one",
+        attrs.validators.instance_of(Path),
+        attrs.converters.optional(Path),
+    )
     check_numerics: bool = _setting(
         False, "end a request with the task that wrote NaN, where one did; slower", _yes_or_no
     )

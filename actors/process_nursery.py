@@ -18,6 +18,7 @@ from pathlib import Path
 import attrs
 
 from ..bus import Context
+from ..bus.shortages import require_descriptors
 from ..errors import StartFailed
 from .boot import SUPERVISOR, ChildSpec
 from .lifecycle import NEVER_STARTED
@@ -28,6 +29,7 @@ from .wardens import Warden
 
 __all__ = ["ProcessNursery"]
 
+SPAWN_DESCRIPTORS = 8  # tether, pidfd, weights, the two connections of its link, and a warden if there is none
 _RELAY_S = 0.25  # from a death to the warden's word on how, which takes 0.2 ms unless the machine is very busy
 _WARDEN_LEAVE_S = 0.3  # a warden with nothing left to do ends within milliseconds
 _WARDEN_REAP_S = 0.3  # and one that is killed, too
@@ -90,10 +92,11 @@ class ProcessNursery:
     def spawn(self, spec: ChildSpec, incarnation: int) -> None:
         name = spec.name
         try:
+            require_descriptors(SPAWN_DESCRIPTORS, f"a life of {name}")
             warden = self._warden(spec.preload)
             weights = (self._weights_of(name),) if spec.keeps_weights else ()
             tether = Tether.make()
-        except OSError as error:
+        except (OSError, StartFailed) as error:
             raise StartFailed(f"cannot start {name}: {error}") from error
         self._lives[name] = _Life(name, incarnation, warden, tether)
         warden.request(name, incarnation, tether, weights)

@@ -15,8 +15,9 @@ from pathlib import Path
 import attrs
 
 from ..bus import Node, NodeConfig, Progress, get_logger
+from ..bus.shortages import cannot_write, require_descriptors, require_limit
 from ..errors import ChipbusError, EngineClosed, EngineDead, StartFailed
-from .boot import SUPERVISOR, Boot
+from .boot import HOST, SUPERVISOR, Boot
 from .messages.tree import ChildRecord, CloseReport
 from .processes import SupervisorHandle, spawn_supervisor
 from .rundir import RunDirectory
@@ -26,6 +27,9 @@ __all__ = ["ProcessTree", "TreeSettings", "close_when_forgotten"]
 
 FAILED_START_S = 3.0  # for a supervisor to stop what it had started
 LAST_WORDS_S = 0.2  # for what an ended process sent to be read
+HOST_DESCRIPTORS = 16  # to start the supervisor, and for the links it and its children then make to here
+SUPERVISOR_DESCRIPTORS = 48  # counted: 29 and 4 for each child, between two starts
+CHILD_DESCRIPTORS = 5
 KILLED_S = 1.0  # for a process to be gone after SIGKILL
 
 
@@ -38,6 +42,7 @@ class TreeSettings:
     close_timeout_s: float
     seed: int = 0
     record: Path | None = None
+    run_dir: Path | None = None  # None: one of its own making
 
 
 class ProcessTree:
@@ -55,7 +60,7 @@ class ProcessTree:
         self._closing = False
         self._report: CloseReport | None = None
         self._supervisor: SupervisorHandle | None = None
-        self._run_dir = RunDirectory.create()
+        self._run_dir = RunDirectory.create(settings.run_dir)
         self.death: ChipbusError | None = None
         actor.events = TreeEvents(
             on_bound=self._bound.set,
@@ -87,12 +92,19 @@ class ProcessTree:
     def _start(self, boot_in: Callable[[Path], Boot]) -> None:
         what, timeout_s = self._settings.what, self._settings.start_timeout_s
         deadline_s = time.monotonic() + timeout_s
+        boot = boot_in(self._run_dir.path)
+        self._node.expect(boot.expected_by(HOST))
         self._thread.start()
         if not self._bound.wait(timeout_s):
             raise StartFailed(f"the {what}'s own inbox was not bound within {timeout_s:g} s")
         if self.death is not None:
             raise self.death
-        self._supervisor = spawn_supervisor(boot_in(self._run_dir.path).write(), self._run_dir.lock_fd)
+        self._check_room(boot)
+        try:
+            boot_path = boot.write()
+        except OSError as error:
+            raise cannot_write(self._run_dir.path / "boot.json", error.errno) from error
+        self._supervisor = spawn_supervisor(boot_path, self._run_dir.lock_fd)
         self._run_dir.give_up_lock()
         pidfd = self._supervisor.pidfd
         self.post(lambda: self._actor.ctx.watch(pidfd, self._supervisor_ended))
@@ -101,9 +113,19 @@ class ProcessTree:
         if self.death is not None:
             raise self.death
 
+    def _check_room(self, boot: Boot) -> None:
+        """Fail now, by name, rather than in some process in the middle of its start."""
+        what, num_children = f"the {self._settings.what}", len(boot.children)
+        require_limit(SUPERVISOR_DESCRIPTORS + CHILD_DESCRIPTORS * num_children, f"{what}'s supervisor")
+        require_descriptors(HOST_DESCRIPTORS, what)
+        self._run_dir.require_room(1 + 2 * (1 + num_children))  # the boot file, and the sockets of each process
+
     def _run_bus(self) -> None:
         try:
             self._node.run()
+        except ChipbusError as error:  # a typed reason is the caller's to read, not the thread's to print
+            if not self._closing:
+                self._died(error)
         finally:  # whatever ended it, nobody may wait for an answer any more
             if not self._closing:
                 self._died(EngineDead(f"the {self._settings.what}'s bus thread ended; its error is in the log"))

@@ -389,13 +389,18 @@ def send_with_fds(link: socket.socket, message: bytes, fds: Sequence[int] = ()) 
 def receive_with_fds(link: socket.socket) -> tuple[bytes, list[int]]:
     """Receive one message and its descriptors, which now belong to the caller. ``b""`` means: the peer is gone.
 
+    Without room for all descriptors there are none, and the message all the same.
     Raises ``BlockingIOError`` on a non-blocking socket with nothing to read.
     """
     try:
         message, fds, flags, _ = socket.recv_fds(link, _MAX_MESSAGE_BYTES, _MAX_FDS)
     except ConnectionError:
         return b"", []
-    assert not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC), "message longer than any we send"
+    assert not flags & socket.MSG_TRUNC, "message longer than any we send"
+    if flags & socket.MSG_CTRUNC:  # this process may open no more of them
+        for fd in fds:
+            os.close(fd)
+        return message, []
     for fd in fds:
         os.set_inheritable(fd, False)
     return message, fds

@@ -47,6 +47,7 @@ class Runtime:
             close_timeout_s=config.close_timeout_s,
             seed=config.seed,
             record=config.record,
+            run_dir=config.run_dir,
         )
         self.processes = ProcessTree(self._host, settings, on_progress)
 

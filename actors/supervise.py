@@ -48,7 +48,9 @@ def main(warden_command: Sequence[str] = WARDEN_COMMAND) -> NoReturn:
     config = NodeConfig(name=SUPERVISOR, incarnation=1, run_dir=Path(boot.run_dir), seed=boot.seed, record=record)
     fate_fds = (int(tether_fd), open_pidfd(boot.host_pid))
     nursery = ProcessNursery(Path(boot.run_dir), wardens, start_warden, signals_fd, fate_fds)
-    Node(config, SupervisorActor(boot, nursery)).run()
+    node = Node(config, SupervisorActor(boot, nursery))
+    node.expect(boot.expected_by(SUPERVISOR))
+    node.run()
     os._exit(0)
 
 

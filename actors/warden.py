@@ -13,6 +13,7 @@ and removes the run directory. The other wardens die with the supervisor at once
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import gc
 import importlib
@@ -32,7 +33,8 @@ import structlog
 
 from ..bus import Node, NodeConfig
 from ..bus.lifecycle import failure_of
-from ..errors import ChipbusError
+from ..bus.shortages import explain, require_descriptors
+from ..errors import ChipbusError, StartFailed
 from .boot import SUPERVISOR, Boot, ChildSpec
 from .kinds import ENTRIES, PRELOADS, load_actor
 from .logs import configure_logging
@@ -56,13 +58,14 @@ from .processes import (
     try_reap,
     wait_dead,
 )
-from .rundir import remove_when_free
+from .rundir import owner_of, remove_when_free
 from .wardens import LIGHT
 
 __all__ = ["serve"]
 
 _LAST_WORDS_BYTES = 4000  # below PIPE_BUF: written whole, without blocking, or not at all
 _LAST_OUT_S = 5.0
+SPAWN_DESCRIPTORS = 8  # last words, pidfd, and what fork and exec take in between
 
 log = structlog.get_logger()
 
@@ -133,7 +136,17 @@ class _Warden:
     def _spawn(self, name: str, incarnation: int, fds: list[int]) -> None:
         """fds: read end of the tether and, for a child that keeps weights, their memory file."""
         spec = self._boot.spec(name)
-        words_fd, childs_words_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not fds:
+                raise OSError(errno.EMFILE, "no room for its tether")
+            require_descriptors(SPAWN_DESCRIPTORS, f"a life of {name}")
+            words_fd, childs_words_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, StartFailed) as error:
+            for fd in fds:
+                os.close(fd)
+            text = explain(error.errno) if isinstance(error, OSError) else str(error)
+            self._tell(SpawnRefused(name, incarnation, f"warden {self._preload} cannot start {name}: {text}"))
+            return
         tether_fd, *weights_fds = fds
         given = (tether_fd, childs_words_fd, *weights_fds)
         try:
@@ -195,8 +208,9 @@ class _Warden:
             for child in self._children.values():
                 wait_dead(child.process.pidfd, deadline_s - time.monotonic())
                 try_reap(child.process)
+            owner = owner_of(self._lock_fd)
             os.close(self._lock_fd)
-            remove_when_free(Path(self._boot.run_dir), max(0.1, deadline_s - time.monotonic()))
+            remove_when_free(Path(self._boot.run_dir), max(0.1, deadline_s - time.monotonic()), owner)
         os._exit(0)
 
 
@@ -227,6 +241,7 @@ def _run_child(
         )
         given = {} if weights_fd is None else {"weights_fd": weights_fd}
         node = Node(config, load_actor(spec.kind, {**spec.config, **given}, entries))
+        node.expect(boot.expected_by(spec.name))
         node.connect(SUPERVISOR, 1)
         node.run()
     except ChipbusError as error:

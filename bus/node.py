@@ -52,7 +52,6 @@ class NodeConfig:
     run_dir: Path  # ours, mode 0700, on this host
     seed: int = 0
     record: Path | None = None  # directory for the ledger
-    expects: frozenset[str] | None = None  # names that may link to its inbox; None: any
 
 
 class Reader(Protocol):
@@ -174,6 +173,7 @@ class Node:
         )
         actor.ctx = BoundContext(self._exchange, self)
         self._sockets: Sockets | None = None
+        self._expects: frozenset[str] | None = None
         self._first_links: list[tuple[str, int]] = []
         self._watches: dict[int, Callable[[], None]] = {}
         self._post_lock = threading.Lock()
@@ -186,6 +186,10 @@ class Node:
         """Link to a node that has bound its inbox; before ``run``, so that the actor may send to it from the start."""
         self._exchange.peers.connect(name, incarnation)
 
+    def expect(self, names: frozenset[str]) -> None:
+        """Let only nodes of these names link to the inbox; before ``run``. Without it, any of our user's may."""
+        self._expects = names
+
     def run(self) -> None:
         """Bind the inbox, start the actor, loop until it stops. Sockets and descriptors are always closed. Any thread.
 
@@ -197,7 +201,7 @@ class Node:
         require_descriptors(DESCRIPTORS, f"the bus of {self._config.name}")
         sockets = self._sockets = Sockets(self._exchange, self)
         try:
-            inbox = Inbox(sockets, self._config.run_dir, self._config.expects)
+            inbox = Inbox(sockets, self._config.run_dir, self._expects)
             self._open_wake()
             for name, incarnation in self._first_links:
                 self._uplink(sockets, name, incarnation)

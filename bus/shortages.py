@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, StartFailed
 
-__all__ = ["cannot_write", "explain", "require_descriptors"]
+__all__ = ["cannot_write", "explain", "require_descriptors", "require_limit"]
 
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -31,6 +31,13 @@ def cannot_write(path: Path, number: int | None) -> ConfigError | StartFailed:
     """The error to raise when something of the run directory could not be made."""
     kind = StartFailed if number in NO_DESCRIPTORS else ConfigError
     return kind(f"{path} cannot be made: {explain(number)}")
+
+
+def require_limit(count: int, what: str) -> None:
+    """Raise ``StartFailed`` unless a fresh process of ours may open ``count`` file descriptors."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        raise StartFailed(f"{what} needs {count} file descriptors. {explain(errno.EMFILE)}")
 
 
 def require_descriptors(count: int, what: str) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "RequestError",
     "RequestInvalid",
     "RestartLimit",
+    "RunDirectoryInUse",
     "SchedulerTimeout",
     "ScopeDeadlock",
     "StaleTensor",
@@ -62,6 +63,10 @@ class ConfigError(ChipbusError, ValueError):
 
 class CheckpointError(ConfigError):
     """A model directory cannot be used: missing, half-written, wrong tensor, unknown architecture."""
+
+
+class RunDirectoryInUse(ConfigError):
+    """The run directory named in the settings belongs to a runtime that lives. Close that one, or name another."""
 
 
 class TopologyError(ConfigError):

@@ -235,7 +235,7 @@ def test_a_directory_still_in_use_at_the_deadline_is_removed_and_reported(monkey
     monkeypatch.setattr(rundir, "_parents", lambda: [Path("/tmp")])
     directory = RunDirectory.create()
 
-    assert remove_when_free(directory.path, 0.05) is False
+    assert remove_when_free(directory.path, 0.05, directory.owner) is False
     assert not directory.path.exists()
     directory.give_up_lock()
 

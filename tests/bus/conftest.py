@@ -65,9 +65,19 @@ class Nodes:
         self.running: list[Running] = []
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, actor: Actor, *connect: tuple[str, int], incarnation: int = 1, **config: Any) -> Running:
-        """Run a node in a thread; returns at once. ``config``: further fields of ``NodeConfig``."""
-        node = Node(NodeConfig(name=name, incarnation=incarnation, run_dir=self.run_dir, **config), actor)
+    def start(
+        self,
+        name: str,
+        actor: Actor,
+        *connect: tuple[str, int],
+        incarnation: int = 1,
+        record: Path | None = None,
+        expects: frozenset[str] | None = None,
+    ) -> Running:
+        """Run a node in a thread; returns at once."""
+        node = Node(NodeConfig(name=name, incarnation=incarnation, run_dir=self.run_dir, record=record), actor)
+        if expects is not None:
+            node.expect(expects)
         for peer, peer_incarnation in connect:
             node.connect(peer, peer_incarnation)
         running = Running(node, actor, threading.Thread(target=lambda: self._run(running)))
