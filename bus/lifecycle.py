@@ -28,10 +28,10 @@ class Hello:
 
     name: Name
     incarnation: Incarnation
-    pid: int  # must be the pid the kernel reports for the connection
+    pid: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]  # must be the pid the kernel reports for the connection
     to: Name
     to_incarnation: Incarnation
-    schema: bytes  # registry.schema_table()
+    schema: Annotated[bytes, msgspec.Meta(max_length=10 * 2**16)]  # registry.schema_table()
 
 
 @message(0x0102, lane=Lane.CHILD)
@@ -67,7 +67,7 @@ class PeerDown:
 class Stop:
     """End politely. A stop still held at ``deadline_ns`` (CLOCK_MONOTONIC; 0: none) is carried out all the same."""
 
-    deadline_ns: int
+    deadline_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 @message(0x0106, lane=Lane.CHILD)
