@@ -17,6 +17,9 @@ from ..errors import BadFrame
 __all__ = [
     "ASK",
     "CANCEL",
+    "CHECK",
+    "CHECKED",
+    "CREDIT",
     "ERROR",
     "HEADER",
     "HEADER_BYTES",
@@ -26,6 +29,7 @@ __all__ = [
     "REPLY",
     "STREAM",
     "TELL",
+    "UNKNOWN",
     "VERSION",
     "WORK",
     "Envelope",
@@ -67,11 +71,16 @@ class Kind(IntEnum):
     HELLO = 7
     WELCOME = 8
     REFUSE = 9
+    CHECK = 10  # by whoever asked: is this ask still with you?
+    CHECKED = 11  # by the callee itself, behind all it has answered
+    CREDIT = 12  # how much has been taken, ever, so that as much more may be sent
 
 
 # The same as plain ints: looking up a member of an enum costs 80 ns, and a message takes a dozen of them.
 TELL, ASK, STREAM, REPLY, ERROR, CANCEL = range(1, 7)
-LAST_KIND = int(Kind.REFUSE)
+CHECK, CHECKED, CREDIT = range(10, 13)
+LAST_KIND = int(Kind.CREDIT)
+UNKNOWN = 2**64 - 1  # position of a CHECKED: no such call here
 WORK = int(Lane.WORK)
 HEADER_BYTES = HEADER.size
 
@@ -84,13 +93,15 @@ class Envelope(NamedTuple):
     type_id: int
     flags: int  # bits 0-2: lane
     aux_frames: int  # always 0 in version 1
-    correlation: int  # TELL and ASK: counts up per link; all others: that of the ask they belong to
+    correlation: int  # TELL and ASK: counts up per link; all others: that of their ask; CHECK, CREDIT: 0 for the link
     deadline_ns: int  # absolute, CLOCK_MONOTONIC; 0: none
     source: int  # name_id of the sender
     destination: int  # name_id of the receiver
     incarnation: int  # the sender's
     trace_id: bytes  # 16 bytes
-    position: int  # STREAM: index of the item; REPLY: number of items before it; CANCEL: reason; else 0
+    position: int
+    """Work told or asked: its number on this link, from 1. STREAM: index of the item. REPLY: number of items before it.
+    CANCEL: reason. CHECK: items taken, or work sent. CHECKED: items sent. CREDIT: items or work taken. Else 0."""
     body_bytes: int
 
     @property

@@ -15,12 +15,18 @@ from typing import Any
 
 from ..errors import BadFrame, BusError, ChipbusError, DeadlineExceeded, MailboxFull, Overloaded, PeerGone
 from .actor import Actor
+from .checks import Checks
 from .clock import NS_PER_S, Clock
-from .conversation import BROKEN, CANCEL_REASONS, CANCELLED, EXPIRED, Ask, Call
+from .conversation import BROKEN, CANCEL_REASONS, CANCELLED, EXPIRED, STREAM_WINDOW, Ask, Call
+from .credits import WORK_CREDIT, WORK_CREDIT_BYTES
 from .envelope import (
     ASK,
     CANCEL,
+    CHECK,
+    CHECKED,
+    CREDIT,
     ERROR,
+    HEADER_BYTES,
     NO_TRACE,
     REPLY,
     STREAM,
@@ -35,7 +41,7 @@ from .envelope import (
     seal,
 )
 from .ledger import LedgerWriter
-from .lifecycle import error_of
+from .lifecycle import error_of, failure_of
 from .lifespan import Lifespan
 from .link import ANSWER_BOUND, OUT_BOUND, Link
 from .logs import get_logger
@@ -77,6 +83,7 @@ class Exchange:
         self.timers = TimerQueue()
         self.mailbox = Mailbox()
         self.peers = Peers(self, driver)
+        self.checks = Checks(self)
         self.counters: Counter[str] = Counter()
         self.sender = ""
         self.is_finished = False
@@ -94,9 +101,21 @@ class Exchange:
         """See ``Context.tell``."""
         link = self._link_to(to)
         row = type_of(message)
-        link.sequence += 1
         body = self._codec.encode(message)
-        self._send(link, TELL, row.type_id, row.lane, link.sequence, 0, NO_TRACE, 0, body, OUT_BOUND)
+        sent = link.sent
+        if row.lane != WORK:
+            link.sequence += 1
+            self.send(link, TELL, row.type_id, row.lane, link.sequence, 0, NO_TRACE, 0, body, OUT_BOUND)
+        elif sent.is_open:
+            link.sequence += 1
+            self.send(link, TELL, row.type_id, WORK, link.sequence, 0, NO_TRACE, sent.count + 1, body, OUT_BOUND)
+            sent.add(HEADER_BYTES + len(body))
+            if self.checks.timer is None:
+                self.checks.begin()
+        else:
+            under_way = f"{sent.count - sent.returned} messages ({sent.waiting_bytes} bytes)"
+            bounds = f"at most {WORK_CREDIT} ({WORK_CREDIT_BYTES} bytes) may wait"
+            raise MailboxFull(f"{to} has not taken {under_way} of work that it was sent; {bounds}")
 
     def ask(
         self,
@@ -125,17 +144,30 @@ class Exchange:
         """Send an ask that is open; what prevents it is delivered soon, never raised."""
         try:
             link = self._link_to(to)
+            row = type_of(message)
             body = self._codec.encode(message)
-            link.sequence = correlation = link.sequence + 1
-            self._send(
-                link, ASK, type_of(message).type_id, ask.lane, correlation, ask.deadline_ns, ask.trace_id, 0, body,
-                OUT_BOUND,
-            )  # fmt: skip
+            link.sequence += 1
+            ask.addressed(link, link.sequence)
+            if ask.lane == WORK and not link.sent.is_open:
+                link.wait(ask, row.type_id, body, OUT_BOUND)
+            else:
+                self._send_ask(link, ask, row.type_id, body)
         except BusError as error:
-            self._fail_soon(ask, Overloaded(str(error)) if isinstance(error, MailboxFull) else error)
+            ask.link = None
+            self._fail_soon(ask, error)
         else:
-            link.asks[correlation] = ask
-            ask.sent(link, correlation)
+            link.asks[ask.correlation] = ask
+            if self.checks.timer is None:
+                self.checks.begin()
+
+    def _send_ask(self, link: Link, ask: Ask, type_id: int, body: bytes) -> None:
+        number = link.sent.count + 1 if ask.lane == WORK else 0
+        self.send(
+            link, ASK, type_id, ask.lane, ask.correlation, ask.deadline_ns, ask.trace_id, number, body, OUT_BOUND
+        )  # fmt: skip
+        ask.is_sent = True
+        if number:
+            link.sent.add(HEADER_BYTES + len(body))
 
     def soon(self, callback: Callable[[], None]) -> None:
         """Run a callback in the next turn."""
@@ -149,23 +181,30 @@ class Exchange:
             return False
         type_id, body = type_of(message).type_id, self._codec.encode(message)
         try:
-            self._send(
+            self.send(
                 link, kind, type_id, call.lane, call.correlation, 0, call.trace_id, call.next_item, body, ANSWER_BOUND
             )  # fmt: skip
-        except MailboxFull as error:
+        except MailboxFull as error:  # the asker finds out when it checks
             self.count("streams_overrun", peer=link.peer)
             call.cancelled(str(error))
             return False
         return True
 
+    def overrun(self, call: Call, reason: str) -> None:
+        """End a call whose asker reads too slowly."""
+        self.count("streams_overrun", peer=call.sender)
+        self.answer(call, ERROR, failure_of(Overloaded(reason)))
+        call.cancelled(reason)
+
     def give_up(self, ask: Ask, reason: int) -> None:
         """End an ask without calling anybody, and tell the callee why (index into ``CANCEL_REASONS``)."""
         link = ask.link
         ask.end()
-        if link is None or link is not self._links.get(link.peer):
+        if link is None or not ask.is_sent or link is not self._links.get(link.peer):
             return
+        link.given_up.add(ask.correlation)
         try:
-            self._send(
+            self.send(
                 link, CANCEL, 0, ask.lane, ask.correlation, 0, ask.trace_id, reason, b"", ANSWER_BOUND,
                 control=True,
             )  # fmt: skip
@@ -174,7 +213,12 @@ class Exchange:
 
     def expire(self, ask: Ask) -> None:
         """The deadline of an open ask passed."""
-        why = f"by {ask.link.peer}" if ask.link is not None else "and never sent: no link came up"
+        if ask.link is None:
+            why = "and never sent: no link came up"
+        elif ask.is_sent:
+            why = f"by {ask.link.peer}"
+        else:
+            why = f"and never sent: {ask.link.peer} did not take what it was sent before"
         self.give_up(ask, EXPIRED)
         error = DeadlineExceeded(f"{ask.what} was not answered in time {why}")
         self.guard("on_error", None, ask.on_error, error)
@@ -185,7 +229,7 @@ class Exchange:
         def deliver() -> None:
             if ask.is_open:
                 ask.end()
-                ask.on_error(error)
+                ask.on_error(Overloaded(str(error)) if isinstance(error, MailboxFull) else error)
 
         self.soon(deliver)
 
@@ -195,7 +239,7 @@ class Exchange:
             raise PeerGone(f"{self.name} has {'stopped' if self.is_finished else f'no link to {name}'}")
         return link
 
-    def _send(
+    def send(
         self,
         link: Link,
         kind: int,
@@ -210,6 +254,7 @@ class Exchange:
         *,
         control: bool = False,
     ) -> None:
+        """One record of a link; the fields are those of ``Envelope``. Raises ``MailboxFull`` and ``BadFrame``."""
         record = seal(
             kind, type_id, lane, correlation, deadline_ns, self._id, link.peer_id, self.incarnation, trace_id, position,
             body,
@@ -253,25 +298,33 @@ class Exchange:
             raise BadFrame(f"a record from {link.peer} is for another node")
         if kind <= ASK:
             self._accept_request(link, envelope, body, control)
-        elif kind <= ERROR:
+        elif kind <= ERROR or kind == CHECKED:
             self.mailbox.push((link, envelope, body, None))
         elif kind == CANCEL:
             self._accept_cancel(link, envelope)
+        elif kind == CREDIT:
+            self._accept_credit(link, envelope)
+        elif kind == CHECK:
+            self.checks.accept(link, envelope)
         else:
             raise BadFrame(f"a {Kind(kind).name} from {link.peer} on a link that is up")
 
     def _accept_request(self, link: Link, envelope: Envelope, body: memoryview, control: bool) -> None:
         correlation, lane = envelope.correlation, envelope.flags
         if correlation <= link.seen[control]:
-            raise BadFrame(f"sequence {correlation} from {link.peer} after {link.seen[control]}")
+            self.count("duplicates", peer=link.peer, kind=Kind(envelope.kind).name)
+            return
         link.seen[control] = correlation
+        if lane == WORK:
+            link.taken.arrive(envelope.position)
         call = None
         if envelope.kind == ASK:
             call = Call(self, link, correlation, lane, envelope.deadline_ns, envelope.trace_id)
             link.calls[correlation] = call
             if correlation in link.cancelled:
-                link.cancelled.discard(correlation)
                 call.cancelled(CANCEL_REASONS[CANCELLED])
+        if link.cancelled and not control:  # asks before this one were lost
+            link.cancelled = {number for number in link.cancelled if number > correlation}
         try:
             row = lookup(envelope.type_id)
             if row.lane != lane or (lane < WORK) != control:
@@ -280,12 +333,16 @@ class Exchange:
                 raise BadFrame(f"{row.cls.__name__} from {link.peer} asks without a deadline")
         except BadFrame as error:
             self._reject(call, "bad_frames", error, link)
-            return
-        if self.is_finished:
-            self._reject(call, "dead_letters", PeerGone(f"{self.name} has stopped"), link)
-        elif not self.mailbox.offer((link, envelope, body, call)):
-            counter = "dead_letters" if call is None else "overloaded_asks"
-            self._reject(call, counter, Overloaded(f"the {Lane(lane).name} mailbox of {self.name} is full"), link)
+        else:
+            if self.is_finished:
+                self._reject(call, "dead_letters", PeerGone(f"{self.name} has stopped"), link)
+            elif self.mailbox.offer((link, envelope, body, call)):
+                return
+            else:
+                counter = "dead_letters" if call is None else "overloaded_asks"
+                self._reject(call, counter, Overloaded(f"the {Lane(lane).name} mailbox of {self.name} is full"), link)
+        if lane == WORK and link.taken.take(HEADER_BYTES + len(body)):
+            self._return_credit(link)
 
     def _reject(self, call: Call | None, counter: str, error: ChipbusError, link: Link) -> None:
         self.count(counter, peer=link.peer, error=str(error))
@@ -293,19 +350,49 @@ class Exchange:
             call.fail(error)
 
     def _accept_cancel(self, link: Link, envelope: Envelope) -> None:
-        call = link.calls.get(envelope.correlation)
+        correlation = envelope.correlation
+        if correlation in link.cancels:
+            self.count("duplicates", peer=link.peer, kind="CANCEL")
+            return
+        link.cancels.add(correlation)
+        call = link.calls.get(correlation)
         if call is not None:
             call.cancelled(CANCEL_REASONS[envelope.position % len(CANCEL_REASONS)])
-        elif envelope.correlation > link.seen[envelope.lane < WORK]:
+        elif envelope.lane == WORK and correlation > link.seen[False]:
             if len(link.cancelled) >= ANSWER_BOUND:
                 raise BadFrame(f"{link.peer} has cancelled {len(link.cancelled)} asks that have not arrived")
-            link.cancelled.add(envelope.correlation)  # the ask itself is still on its way
+            link.cancelled.add(correlation)  # the ask itself is still on its way
+
+    def _accept_credit(self, link: Link, envelope: Envelope) -> None:
+        """A peer has taken items of a stream, or work: what waits for that is sent."""
+        if envelope.correlation:
+            call = link.calls.get(envelope.correlation)
+            if call is not None:
+                call.credit(envelope.position)
+        elif link.sent.credit(envelope.position):
+            link.quiet.heard()
+            while link.waiting and link.sent.is_open:
+                ask, type_id, body = link.waiting.popleft()
+                if ask.is_open:
+                    try:
+                        self._send_ask(link, ask, type_id, body)
+                    except BusError as error:
+                        self._fail_soon(ask, error)
+
+    def _return_credit(self, link: Link) -> None:
+        """Tell a peer how much of its work has been taken."""
+        if link is not self._links.get(link.peer):
+            return
+        try:
+            self.send(link, CREDIT, 0, WORK, 0, 0, NO_TRACE, link.taken.tell(), b"", ANSWER_BOUND, control=True)
+        except MailboxFull:
+            self.counters["dead_letters"] += 1  # the peer asks for it when it needs it
 
     def wants_more(self, control: bool) -> bool:
         """Whether a transport should read on at once, or let the actor work and poll again.
 
         A lone message is mostly alone, and asking the socket for more costs a twentieth of a round trip. Work is read
-        only while the mailbox has room, so pressure goes back to the sender's bounded queue instead of losing messages.
+        only while the mailbox has room.
         """
         return len(self.mailbox) > 1 and (control or self.mailbox.has_room)
 
@@ -316,10 +403,13 @@ class Exchange:
         letter = self.mailbox.pop(control_only=control_only)
         if letter is None or self.is_finished:
             return False
-        if letter[1].kind > ASK:
+        link, envelope, body, _ = letter
+        if envelope.kind > ASK:
             self._serve_answer(letter)
         else:
-            self.sender = letter[0].peer
+            if envelope.flags == WORK and link.taken.take(HEADER_BYTES + len(body)):
+                self._return_credit(link)
+            self.sender = link.peer
             self._serve_request(letter)
             self.sender = ""
         return True
@@ -353,13 +443,16 @@ class Exchange:
 
     def _serve_answer(self, letter: Letter) -> None:
         link, envelope, body, _ = letter
-        kind = envelope.kind
+        kind, position = envelope.kind, envelope.position
+        if kind == CHECKED:
+            self.checks.conclude(link, envelope)
+            return
         ask = link.asks.get(envelope.correlation)
-        if ask is None:
-            self.count("late_frames", peer=link.peer, kind=Kind(kind).name)
+        if ask is None or (kind == STREAM and position < ask.next_item):
+            self._drop_answer(link, envelope)
             return
         try:
-            if kind != ERROR and envelope.position != ask.next_item:
+            if kind != ERROR and position != ask.next_item:
                 raise BadFrame(f"item {ask.next_item} of the answer to {ask.what} by {link.peer} is missing")
             message = self._codec.decode(envelope.type_id, body)
             if kind == ERROR:
@@ -373,12 +466,33 @@ class Exchange:
             ask.next_item += 1
             if ask.on_item is not None:
                 self.guard("on_item", None, ask.on_item, message)
+            if ask.next_item - ask.credited >= STREAM_WINDOW // 2:
+                self._credit_items(link, ask)
             return
         ask.end()
         if kind == REPLY:
             self.guard("on_reply", None, ask.on_reply, message)
         else:
             self.guard("on_error", None, ask.on_error, message)
+
+    def _drop_answer(self, link: Link, envelope: Envelope) -> None:
+        """Of an ask that was given up, or was answered already."""
+        correlation = envelope.correlation
+        is_late = correlation > link.sequence or correlation in link.given_up
+        self.count("late_frames" if is_late else "duplicates", peer=link.peer, kind=Kind(envelope.kind).name)
+
+    def _credit_items(self, link: Link, ask: Ask) -> None:
+        """Tell a callee how many items have been taken, if the ask is still open."""
+        if not ask.is_open:
+            return
+        ask.credited = ask.next_item
+        try:
+            self.send(
+                link, CREDIT, 0, ask.lane, ask.correlation, 0, ask.trace_id, ask.next_item, b"", ANSWER_BOUND,
+                control=True,
+            )  # fmt: skip
+        except MailboxFull:
+            self.counters["dead_letters"] += 1  # the next CHECK says the same
 
     def guard(self, what: str, call: Call | None, callback: Callable[..., None], *arguments: Any) -> None:
         """Run code of the actor; what it raises fails ``call`` and is logged, and the actor goes on living."""

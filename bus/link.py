@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from ..errors import MailboxFull
+from .credits import Sent, Taken
 from .envelope import name_id
 from .ports import Port
+from .quiet import Quiet
 
 if TYPE_CHECKING:
     from .conversation import Ask, Call
 
-__all__ = ["ANSWER_BOUND", "OUT_BOUND", "Link"]
+__all__ = ["ANSWER_BOUND", "OUT_BOUND", "Link", "Recent"]
 
 OUT_BOUND = 4096
 """Records waiting to be sent to one peer on one socket, above which tells and asks are refused."""
 ANSWER_BOUND = 16 * OUT_BOUND
-"""The same for answers: a stream ends only when its reader is this far behind."""
+"""The same for answers."""
+RECENT = 1024
+
+
+class Recent:
+    """The last ``RECENT`` numbers put into it."""
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, None] = {}  # oldest first
+
+    def add(self, number: int) -> None:
+        """Remember a number."""
+        self._numbers[number] = None
+        if len(self._numbers) > RECENT:
+            del self._numbers[next(iter(self._numbers))]
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._numbers
 
 
 class Link:
     """State shared with one life of one peer. Pending until it has a port; then records wait in the backlog."""
 
-    __slots__ = ("_backlog", "asks", "calls", "cancelled", "incarnation", "peer", "peer_id", "port", "seen", "sequence")
+    __slots__ = (
+        "_backlog", "asks", "calls", "cancelled", "cancels", "given_up", "incarnation", "peer", "peer_id", "port",
+        "quiet", "seen", "sent", "sequence", "taken", "waiting",
+    )  # fmt: skip
 
     def __init__(self, peer: str, incarnation: int) -> None:
         self.peer = peer
@@ -34,6 +59,12 @@ class Link:
         self.asks: dict[int, Ask] = {}  # ours, by correlation id
         self.calls: dict[int, Call] = {}  # theirs, by correlation id
         self.cancelled: set[int] = set()  # asks whose cancel (control socket) overtook them (data socket)
+        self.cancels = Recent()  # asks of theirs whose cancel has arrived
+        self.given_up = Recent()  # asks of ours that we ended, and whose answers are late
+        self.sent = Sent()  # our work
+        self.taken = Taken()  # theirs
+        self.quiet = Quiet()  # our work
+        self.waiting: deque[tuple[Ask, int, bytes]] = deque()  # asks without credit: type id, body; oldest first
         self._backlog: list[tuple[bool, bytes]] = []
 
     def put(self, control: bool, record: bytes, bound: int) -> None:
@@ -41,6 +72,14 @@ class Link:
         if len(self._backlog) >= bound:
             raise MailboxFull(f"{len(self._backlog)} messages wait for the link to {self.peer}; at most {bound} may")
         self._backlog.append((control, record))
+
+    def wait(self, ask: Ask, type_id: int, body: bytes, bound: int) -> None:
+        """Keep an ask until there is credit for it. Raises ``MailboxFull``."""
+        if len(self.waiting) >= bound:  # some may have been cancelled meanwhile
+            self.waiting = deque(entry for entry in self.waiting if entry[0].is_open)
+        if len(self.waiting) >= bound:
+            raise MailboxFull(f"{len(self.waiting)} asks wait until {self.peer} takes more; at most {bound} may")
+        self.waiting.append((ask, type_id, body))
 
     @property
     def has_backlog(self) -> bool:
@@ -57,5 +96,6 @@ class Link:
     def close(self) -> None:
         """Nothing is sent any more."""
         self._backlog.clear()
+        self.waiting.clear()
         if self.port is not None:
             self.port.close()

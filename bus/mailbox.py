@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import deque
 
 from .conversation import Call
-from .envelope import ASK, Envelope, Lane
+from .credits import WORK_CREDIT
+from .envelope import ASK, WORK, Envelope, Lane
 from .link import Link
 
-__all__ = ["WORK_BOUND", "Letter", "Mailbox"]
+__all__ = ["LANE_BOUND", "READ_BOUND", "Letter", "Mailbox"]
 
-WORK_BOUND = 4096
-"""Messages waiting in one lane, above which asks and tells are turned away."""
-ROOM_FOR_A_FRAME = 1024
+LANE_BOUND = 4096
+"""Messages waiting in a lane before WORK, above which asks and tells are turned away. Work is bounded by credits."""
+READ_BOUND = 4 * WORK_CREDIT
+"""Letters of work, from all peers together, above which no more are read: a net behind the credits of many peers."""
 
 
 Letter = tuple[Link, Envelope, memoryview, Call | None]
@@ -31,16 +33,17 @@ class Mailbox:
         return self._count
 
     def offer(self, letter: Letter) -> bool:
-        """Queue an ask or a tell; False if its lane is full."""
-        lane = self._lanes[letter[1].flags]
-        if len(lane) >= WORK_BOUND:
+        """Queue an ask or a tell; False if its lane is full, or if its sender has sent more work than it may."""
+        flags = letter[1].flags
+        lane = self._lanes[flags]
+        if letter[0].taken.waiting > WORK_CREDIT if flags == WORK else len(lane) >= LANE_BOUND:
             return False
         lane.append(letter)
         self._count += 1
         return True
 
     def push(self, letter: Letter) -> None:
-        """Queue an answer, which is never turned away: its number is bounded by what was asked and by ``has_room``."""
+        """Queue an answer, which is never turned away: its number is bounded by asks and their windows."""
         self._lanes[letter[1].flags].append(letter)
         self._count += 1
 
@@ -72,5 +75,5 @@ class Mailbox:
 
     @property
     def has_room(self) -> bool:
-        """Another frame of work may be read without a message of it being turned away."""
-        return len(self._work) <= WORK_BOUND - ROOM_FOR_A_FRAME
+        """Another frame of work may be read."""
+        return len(self._work) <= READ_BOUND

@@ -43,6 +43,8 @@ class MessageType:
     cls: type
     lane: Lane
     version: int
+    merge: Callable[[Any, Any], Any] | None
+    """The class's ``merge(self, later)``: one stream item that says what both say, or None."""
 
 
 _BY_ID: dict[int, MessageType] = {}
@@ -64,11 +66,15 @@ def register(type_id: int, cls: type, *, lane: Lane, version: int = 1) -> None:
         )
     if cls in _BY_CLASS:
         raise ValueError(f"{cls.__qualname__} is registered already, as {_BY_CLASS[cls].type_id:#06x}")
-    _BY_ID[type_id] = _BY_CLASS[cls] = MessageType(type_id, cls, lane, version)
+    merge = getattr(cls, "merge", None)
+    _BY_ID[type_id] = _BY_CLASS[cls] = MessageType(type_id, cls, lane, version, merge if callable(merge) else None)
 
 
 def message(type_id: int, lane: Lane, version: int = 1) -> Callable[[type[T]], type[T]]:
-    """Class decorator: register a frozen attrs class. A new meaning needs a new id; a new field needs a default."""
+    """Class decorator: register a frozen attrs class. A new meaning needs a new id; a new field needs a default.
+
+    Items of streams may have a method ``merge(self, later) -> Self | None``, see ``Call.item``.
+    """
 
     def decorate(cls: type[T]) -> type[T]:
         register(type_id, cls, lane=lane, version=version)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chipbus.bus import Actor, Context, LocalSystem, Ping, Pong, Stop, handles
+from chipbus.bus.credits import WORK_CREDIT
 from chipbus.bus.link import OUT_BOUND
-from chipbus.bus.mailbox import WORK_BOUND
 from chipbus.errors import (
     BadFrame,
     BusError,
@@ -248,15 +248,12 @@ def _in_mailbox(pair: Pair) -> int:
 
 @pytest.mark.guarantee("B18")
 def test_a_full_mailbox_turns_asks_away_and_drops_tells() -> None:
+    """The sender is a faulty one: it does not keep to its credit."""
     pair = Pair()
-    seat = pair.system._seats["server"]
-    for value in range(WORK_BOUND + 2):
-        pair.ctx.tell("server", Number(value)) if value < WORK_BOUND - 1 else None
-    for _ in range(WORK_BOUND - 1):
+    pair.system._seats["asker"].exchange.peers.links["server"].sent.limit = 2 * WORK_CREDIT
+    for value in range(WORK_CREDIT):
+        pair.ctx.tell("server", Number(value))
         pair.system._deliver("asker", "server", False)
-    pair.ctx.tell("server", Number(-1))
-    pair.system._deliver("asker", "server", False)
-    assert len(seat.exchange.mailbox) == WORK_BOUND
 
     pair.ctx.tell("server", Number(-2))
     pair.asker.ask("server", Number(-3))
@@ -268,24 +265,28 @@ def test_a_full_mailbox_turns_asks_away_and_drops_tells() -> None:
     assert type(error) is Overloaded
     assert str(error) == "the WORK mailbox of server is full"
     assert pair.server_ctx.counters() == {"dead_letters": 1, "overloaded_asks": 1}
-    pair.run(lambda: len(pair.server.seen) == WORK_BOUND + 1)
+    pair.run(lambda: len(pair.server.seen) == WORK_CREDIT + 1)
     assert -2 not in pair.server.seen
 
 
 @pytest.mark.guarantee("B19")
-def test_a_full_out_queue_refuses_tells_and_asks() -> None:
+def test_a_peer_that_takes_nothing_is_told_no_more_and_asks_wait_for_it_within_bounds() -> None:
     pair = Pair()
-    pair.asker.ask("server", Hold())
-    for value in range(OUT_BOUND - 1):
+    for value in range(WORK_CREDIT):
         pair.ctx.tell("server", Number(value))
-    with pytest.raises(MailboxFull, match="4096 messages wait to be sent to server; at most 4096"):
+    with pytest.raises(MailboxFull, match=r"server has not taken 4096 messages \(\d+ bytes\) of work"):
         pair.ctx.tell("server", Number(-1))
+    pair.ctx.tell("server", Urgent(-2))
 
-    pair.asker.ask("server", Number(1))
-
-    pair.run(lambda: pair.asker.heard != [])
+    for value in range(OUT_BOUND):
+        pair.asker.ask("server", Number(value))
+    refused = pair.asker.ask("server", Number(-3))
+    pair.run(lambda: not refused.is_open)
     assert pair.asker.errors == [Overloaded]
-    pair.run(lambda: len(pair.server.seen) == OUT_BOUND - 1)
+
+    pair.run(lambda: len(pair.asker.heard) == 1 + OUT_BOUND)
+    work = [value for value in pair.server.seen if value != -2]
+    assert work == [*range(WORK_CREDIT), *range(OUT_BOUND)]
 
 
 @pytest.mark.guarantee("B20")
@@ -604,26 +605,29 @@ def test_every_ask_ends_exactly_once_whatever_happens(seed: int, actions: list[t
 
     for number, heard in ends.items():
         assert len(heard) == (0 if number in cancelled else 1), (number, heard)
-    assert len(system._seats["asker"].exchange.timers) == 0
+    system.run_until(lambda: len(system._seats["asker"].exchange.timers) == 0)
     for seat in system._seats.values():
         for link in seat.exchange.peers.links.values():
             assert (link.asks, link.calls, link.cancelled) == ({}, {}, set())
 
 
-def test_a_stream_whose_reader_is_too_far_behind_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chipbus.bus.exchange.ANSWER_BOUND", 5)
+def test_a_call_whose_answer_finds_its_queue_full_is_cancelled_and_its_asker_finds_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pair = Pair()
-    pair.asker.ask("server", Hold(), timeout_s=3)
+    pair.asker.ask("server", Hold(), timeout_s=30)
     pair.run(lambda: len(pair.server.calls) == 1)
     (call,) = pair.server.calls
 
-    for value in range(7):
-        call.item(Number(value))
+    with monkeypatch.context() as patched:
+        patched.setattr("chipbus.bus.exchange.ANSWER_BOUND", 5)
+        for value in range(7):
+            call.item(Number(value))
 
     assert not call.is_open
     assert pair.server.cancels == ["5 messages wait to be sent to asker; at most 5 may"]
     assert pair.server_ctx.counters() == {"streams_overrun": 1, "late_answers": 1}
-    assert [type(answer) for answer in pair.heard(6)] == [int] * 5 + [DeadlineExceeded]
+    assert [type(answer) for answer in pair.heard(6)] == [int] * 5 + [PeerGone]
 
 
 def test_a_call_ends_at_its_deadline_also_when_its_caller_cannot_say_so() -> None:
