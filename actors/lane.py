@@ -9,19 +9,30 @@ Owns: the state of one link to one chip worker, as the one who uses that chip se
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from ..bus import Context, Progress, error_of
-from ..errors import ChipbusError, DeadlineExceeded, DeviceUnusable, PeerGone, SchedulerTimeout, WorkerLost
+from ..errors import (
+    AnswerLost,
+    ChipbusError,
+    DeadlineExceeded,
+    DeviceUnusable,
+    MailboxFull,
+    PeerGone,
+    SchedulerTimeout,
+    WorkerLost,
+)
 from .boot import SUPERVISOR
 from .messages.launching import ChipReport, ChipReportRequest, Completion, Dispatch, Done, Launch, Launched
 from .messages.tree import Condemn
 
 __all__ = ["ChipLane", "LaneState", "Outcome"]
 
+CONDEMN_AGAIN_S = 1.0
 REPORT_TIMEOUT_S = 0.5  # for a chip's bus thread to say what its compute thread is at; a stopped process says nothing
 
 Outcome = Completion | ChipbusError
@@ -126,11 +137,21 @@ class ChipLane:
             end(lost)
         self._on_lost(lost)
 
-    def _condemn(self, error: ChipbusError) -> None:
+    def _give_up(self, error: ChipbusError) -> None:
         """It does not come back by itself: have it killed and replaced."""
+        if self.state is LaneState.CONDEMNED:
+            return
         self.state, self.first_cause = LaneState.CONDEMNED, error
         self._ctx.log.error("chip.condemned", chip=self.chip, reason=error.args[0])
-        self._ctx.tell(SUPERVISOR, Condemn(self.chip, self.incarnation, str(error).partition("\n")[0]))
+        self._condemn(Condemn(self.chip, self.incarnation, str(error).partition("\n")[0]))
+
+    def _condemn(self, verdict: Condemn) -> None:
+        """Say so until it is gone: the supervisor may have been told before it knew that this life is ready."""
+        if self.state is not LaneState.CONDEMNED or self.incarnation != verdict.incarnation:
+            return
+        with contextlib.suppress(PeerGone, MailboxFull):
+            self._ctx.tell(SUPERVISOR, verdict)
+        self._ctx.after(CONDEMN_AGAIN_S, lambda: self._condemn(verdict))
 
     def unusable(self) -> DeviceUnusable:
         """Why no work is taken now."""
@@ -203,6 +224,8 @@ class ChipLane:
                 on_reply(reply)
 
         def failed(error: ChipbusError) -> None:
+            if isinstance(error, AnswerLost):
+                self._give_up(error)  # whether it was run, nobody knows: only a new life is in a known state
             if isinstance(error, PeerGone):
                 return  # peer_down says it, for all of them
             if isinstance(error, DeadlineExceeded):
@@ -242,8 +265,7 @@ class ChipLane:
             if self.incarnation != incarnation or number not in self._in_flight:
                 return  # it died, or answered after all
             error = SchedulerTimeout(f"{self.chip}: {what}; {at}")
-            if self.state is not LaneState.CONDEMNED:
-                self._condemn(error)
+            self._give_up(error)
             self._in_flight.pop(number)(error)
 
         self._ctx.ask(self.chip, ChipReportRequest(), timeout_s=REPORT_TIMEOUT_S, on_reply=told, on_error=silent)

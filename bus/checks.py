@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import MailboxFull, PeerGone
+from ..errors import AnswerLost, MailboxFull
 from .clock import NS_PER_S
 from .conversation import BROKEN
 from .envelope import CHECK, CHECKED, CREDIT, NO_TRACE, UNKNOWN, WORK, Envelope
@@ -108,7 +108,7 @@ class Checks:
                 what = f"{missing} of the answer to {ask.what} by {link.peer} were lost on the way to {exchange.name}"
                 exchange.give_up(ask, BROKEN)
             exchange.count("lost_answers", peer=link.peer, error=what)
-            exchange.guard("on_error", None, ask.on_error, PeerGone(what))
+            exchange.guard("on_error", None, ask.on_error, AnswerLost(what))
 
     def _send(
         self,

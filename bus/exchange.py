@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import BadFrame, BusError, ChipbusError, DeadlineExceeded, MailboxFull, Overloaded, PeerGone
+from ..errors import AnswerLost, BadFrame, BusError, ChipbusError, DeadlineExceeded, MailboxFull, Overloaded, PeerGone
 from .actor import Actor
 from .checks import Checks
 from .clock import NS_PER_S, Clock
@@ -453,12 +453,13 @@ class Exchange:
             return
         try:
             if kind != ERROR and position != ask.next_item:
-                raise BadFrame(f"item {ask.next_item} of the answer to {ask.what} by {link.peer} is missing")
+                raise AnswerLost(f"item {ask.next_item} of the answer to {ask.what} by {link.peer} is missing")
             message = self._codec.decode(envelope.type_id, body)
             if kind == ERROR:
                 message = error_of(message)
-        except BadFrame as error:
-            self.count("bad_frames", peer=link.peer, error=str(error))
+        except (AnswerLost, BadFrame) as error:
+            counter = "lost_answers" if isinstance(error, AnswerLost) else "bad_frames"
+            self.count(counter, peer=link.peer, error=str(error))
             self.give_up(ask, BROKEN)
             self.guard("on_error", None, ask.on_error, error)
             return

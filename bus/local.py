@@ -175,7 +175,7 @@ class LocalSystem:
         self._ends: deque[Notice] = deque()  # of lives, to be told to whoever asked when starting them
         self._lives: Counter[str] = Counter()
         self._channels: dict[Channel, deque[tuple[int, bytes]]] = {}
-        self._faults = faults
+        self.faults = faults  # may be changed at any time
         self._held_ns: dict[Channel, int] = {}  # delayed channels, and until when
 
     def spawn(
@@ -296,7 +296,7 @@ class LocalSystem:
 
     def _deliver(self, sender: str, receiver: str, control: bool) -> None:
         queue = self._channels[sender, receiver, control]
-        if self._faults is not None and self._befalls(self._faults, (sender, receiver, control)):
+        if self.faults is not None and self._befalls(self.faults, (sender, receiver, control)):
             return
         incarnation, record = queue.popleft()
         seat = self._seats.get(receiver)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "Aborted",
+    "AnswerLost",
     "BadFrame",
     "BusError",
     "CheckpointError",
@@ -79,6 +80,10 @@ class BusError(ChipbusError):
 
 class PeerGone(BusError):
     """The actor asked has ended; the text carries its exit. The ask may or may not have been executed."""
+
+
+class AnswerLost(PeerGone):
+    """A message on the way to or from a living actor was lost. The ask may or may not have been executed."""
 
 
 class DeadlineExceeded(BusError, TimeoutError):

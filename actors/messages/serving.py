@@ -85,6 +85,17 @@ class TextDelta:
     token_ids: TokenIds
     logprobs: tuple[LogprobRow, ...] = ()
 
+    def merge(self, later: TextDelta) -> TextDelta | None:
+        """Both in one, for a reader that is behind; None if they are no neighbours."""
+        if later.token_index != self.token_index + len(self.token_ids) // _TOKEN_BYTES:
+            return None
+        return TextDelta(
+            token_index=self.token_index,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+        )
+
 
 @message(0x0204, lane=Lane.WORK)
 @attrs.frozen(kw_only=True)
@@ -129,6 +140,12 @@ class TokenDelta:
         if known >= self.num_tokens:
             return None
         return TokenDelta(num_tokens, self.token_ids[known * _TOKEN_BYTES :], self.logprobs[known:]) if known else self
+
+    def merge(self, later: TokenDelta) -> TokenDelta | None:
+        """Both in one, for a reader that is behind; None if they are no neighbours."""
+        if later.token_index != self.token_index + self.num_tokens:
+            return None
+        return TokenDelta(self.token_index, self.token_ids + later.token_ids, self.logprobs + later.logprobs)
 
 
 @message(0x0206, lane=Lane.WORK)

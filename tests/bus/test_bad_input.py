@@ -109,6 +109,7 @@ def test_each_kind_of_bad_input_is_counted_logged_and_answered_where_it_was_an_a
     peer.data.send(case.send(peer))
 
     eventually(lambda: dict(server.ctx.counters()) == {case.counter: 1}, f"{case.counter}: {server.ctx.counters()}")
+    eventually(lambda: "event='bus.counted'" in caplog.text, "it is logged")  # a moment after it was counted
     (line,) = [r.getMessage() for r in caplog.records if "event='bus.counted'" in r.getMessage()]
     for part in (f"counter='{case.counter}' total=1", *case.logged):
         assert part in line

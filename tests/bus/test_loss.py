@@ -154,7 +154,7 @@ def took_s(pair: Lossy, began_ns: int) -> float:
 @pytest.mark.parametrize("lane", ["data", "control"])
 @MODEST
 @given(seed=SEEDS)
-def test_an_ask_that_was_lost_or_whose_answer_was_ends_soon_with_peer_gone(lane: str, seed: int) -> None:
+def test_an_ask_that_was_lost_or_whose_answer_was_ends_soon_with_answer_lost(lane: str, seed: int) -> None:
     control = lane == "control"
     question = Urgent(1) if control else Number(1)
     pair = Lossy(seed)

@@ -15,7 +15,7 @@ from bus_strangers import Speaker
 from chipbus.bus.envelope import Kind, Lane
 from chipbus.bus.lifecycle import Failure, Welcome
 from chipbus.bus.registry import decode, schema_table, type_of
-from chipbus.errors import BadFrame
+from chipbus.errors import AnswerLost
 from support import eventually
 
 WORK = {"deadline_ns": 2**62}
@@ -261,7 +261,7 @@ def test_a_gap_in_a_stream_fails_the_ask_and_cancels_the_call(
     for position in positions:
         peer.data.send(peer.record(Kind.STREAM, Number(5), correlation=question.correlation, position=position))
 
-    eventually(lambda: asker.errors and asker.errors[-1] is BadFrame, "the error")
+    eventually(lambda: asker.errors and asker.errors[-1] is AnswerLost, "the error")
     assert "of the answer to Count by stranger is missing" in str(asker.heard[-1])
     cancel, _ = peer.first_answer(peer.control)
     assert (cancel.kind, cancel.correlation) == (Kind.CANCEL, question.correlation)

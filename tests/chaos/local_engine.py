@@ -61,7 +61,7 @@ class LocalEngine:
             max_request_restarts=20,
             **{**sizes, **settings},
         )
-        self.system = LocalSystem(seed, directory=False, faults=faults)
+        self.system = LocalSystem(seed, directory=False)
         self.host = HostActor(config.max_request_restarts)
         self.deaths: list[ChipbusError] = []
         self.is_ready = False
@@ -76,6 +76,7 @@ class LocalEngine:
         self.system.spawn(SUPERVISOR, SupervisorActor(boot, self.nursery))
         self.system.run_until(lambda: self.is_ready or self.deaths != [])
         assert self.deaths == []
+        self.system.faults = faults  # not before: what goes wrong during the first start ends it
         self.names = [spec.name for spec in boot.children]
 
     def _ready(self) -> None:

@@ -26,7 +26,7 @@ EVENTS = 400  # at most, between two faults
 
 def _link_faults(draw: random.Random) -> LinkFaults | None:
     """Every fourth seed loses nothing on links, the others repeat, delay or lose records."""
-    kind = 0
+    kind = draw.randrange(4)
     if kind == 0:
         return None
     rate = draw.choice([0.002, 0.01, 0.05])
@@ -41,7 +41,7 @@ def _link_faults(draw: random.Random) -> LinkFaults | None:
 
 def _spared(sender: str, receiver: str, control: bool) -> bool:
     """What the host and the supervisor say to each other is not lost: nobody could tell the host its engine's state."""
-    return {sender, receiver} == {"host", "supervisor"}
+    return "supervisor" in (sender, receiver)
 
 
 def run(seed: int, say: object = None) -> dict[str, int]:
