@@ -17,7 +17,7 @@ from chipbus.bus import Actor, Ask, Call, Lane, LocalSystem, handles, message
 from chipbus.bus.checks import CHECK_S
 from chipbus.bus.clock import NS_PER_S
 from chipbus.bus.envelope import CANCEL, CHECK, CHECKED, Kind, envelope_of
-from chipbus.errors import ChipbusError, DeadlineExceeded, PeerGone
+from chipbus.errors import AnswerLost, ChipbusError, DeadlineExceeded
 from support import eventually
 
 MODEST = settings(deadline=None, print_blob=True, max_examples=40)
@@ -164,7 +164,7 @@ def test_an_ask_that_was_lost_or_whose_answer_was_ends_soon_with_answer_lost(lan
     pair.drop("asker", Kind.ASK, control=control)
     pair.run(lambda: len(pair.asker.heard) == 1)
 
-    assert pair.asker.errors == [PeerGone]
+    assert pair.asker.errors == [AnswerLost]
     what = f"server has no call for {type(question).__name__} of asker: the ask or its answer was lost"
     assert str(pair.asker.heard[0]) == what
     assert took_s(pair, began_ns) <= SOON_S
@@ -198,7 +198,7 @@ def test_lost_items_at_the_end_of_a_stream_are_missed_and_the_call_is_cancelled(
 
     assert pair.asker.heard[:3] == [0, 1, 2]
     assert str(pair.asker.heard[3]) == "items 3 to 4 of the answer to Hold by server were lost on the way to asker"
-    assert pair.asker.errors[3] is PeerGone
+    assert pair.asker.errors[3] is AnswerLost
     assert took_s(pair, began_ns) <= SOON_S
     pair.run(lambda: pair.server.cancels == ["its caller lost an item"])
     assert not call.is_open
@@ -261,7 +261,7 @@ def test_a_check_is_answered_by_the_exchange_while_its_actor_has_not_got_to_the_
         pair.system.clock.advance_to(min(until_ns, pair.system._next_due_ns() or until_ns))
 
     assert not lost.is_open
-    assert pair.asker.errors == [PeerGone]
+    assert pair.asker.errors == [AnswerLost]
     assert all(ask.is_open for ask in alive)
     del seat.exchange.serve
     pair.run(lambda: pair.asker.heard[1:] == [1, 2, 3, 4, 5])
@@ -297,7 +297,7 @@ def test_whatever_is_lost_or_repeated_every_ask_ends_once_and_long_before_its_de
 
     assert {len(heard) for heard in ends.values()} == {1}
     assert all(heard == [*range(len(heard))] for heard in items.values())
-    assert {error for heard in ends.values() for error in heard} <= {"reply", "PeerGone", "BadFrame"}
+    assert {error for heard in ends.values() for error in heard} <= {"reply", "AnswerLost"}
     assert took_s(pair, began_ns) < 100
     if not pair.lost:
         assert {error for heard in ends.values() for error in heard} == {"reply"}
@@ -371,5 +371,5 @@ def test_real_nodes_find_a_lost_ask_and_a_lost_answer(nodes: Any) -> None:
     serving.do(lambda: server.calls[1].reply(Number(2)))
     eventually(lambda: len(asker.heard) == 3, "the answer to the other one")
 
-    assert asker.errors == [PeerGone, PeerGone, int]
+    assert asker.errors == [AnswerLost, AnswerLost, int]
     assert all(isinstance(error, ChipbusError) and "Hold of asker" in str(error) for error in asker.heard[:2])
