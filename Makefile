@@ -5,11 +5,14 @@ STAMP   := $(VENV)/.installed
 MODEL   ?= demo
 PROMPT  ?= replica
 ARGS    ?=
+SEED    ?= 0
+FAULTS  ?= 500
+CHIP    ?= null
 PIP     := $(PYTHON) -m pip --quiet --disable-pip-version-check
 INSTALL := install --no-build-isolation
 SITE    := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: run test test-fast test-torch sanitize lint types demo-model clean
+.PHONY: run test test-fast test-torch chaos sanitize lint types demo-model clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/native/*.cpp kernels/native/*.h kernels/native/*.inl)
 	test -x $(PYTHON) || python3.11 -m venv $(VENV) || python3 -m venv $(VENV)
@@ -39,6 +42,9 @@ test-torch: $(VENV)/.installed-dev  ## kernels and whole engines once more, on a
 	build/torch/bin/python -P -c 'from chipbus.kernels import native; assert native.library is None'
 	cd build/torch && bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. ../../tests/kernels ../../tests/e2e \
 		--timeout 200 -k 'not (widths_of_qwen3 and bfloat16)'  # two of a minute each where torch has no AMX
+
+chaos: $(VENV)/.installed-dev  ## kill, stop and stall every kind of process under load: make chaos SEED=7 FAULTS=5000 CHIP=cpu
+	PYTHONPATH=tests/chaos $(PYTHON) -P tests/chaos/chaos.py --seed $(SEED) --faults $(FAULTS) --chip $(CHIP)
 
 sanitize:  ## the native engine's tests in C++ under address, undefined and thread sanitizers: needs a C++20 compiler alone
 	@$(MAKE) --no-print-directory --output-sync -j$$(nproc) -f tests/native/Makefile

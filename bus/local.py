@@ -354,8 +354,11 @@ class LocalSystem:
         end[1]()
 
     def _has_words_of(self, name: str) -> bool:
-        """Whether anything that an actor sent is still on its way."""
-        return any(queue for (sender, _, _), queue in self._channels.items() if sender == name)
+        """Whether anything that an actor sent is about to arrive; it does not linger for what is delayed."""
+        return any(
+            queue and channel[0] == name and channel[1] in self._seats and not self._is_held(channel)
+            for channel, queue in self._channels.items()
+        )
 
     def _neighbours(self, seat: _Seat) -> list[_Seat]:
         """Living seats that have, or were promised, a link with this one; none if an actor is the directory."""

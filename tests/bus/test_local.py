@@ -13,6 +13,7 @@ from chipbus.bus import Actor, Context, LocalSystem, Ping, Pong, Stop, handles
 from chipbus.bus.credits import WORK_CREDIT
 from chipbus.bus.link import OUT_BOUND
 from chipbus.errors import (
+    AnswerLost,
     BadFrame,
     BusError,
     ChipbusError,
@@ -627,7 +628,7 @@ def test_a_call_whose_answer_finds_its_queue_full_is_cancelled_and_its_asker_fin
     assert not call.is_open
     assert pair.server.cancels == ["5 messages wait to be sent to asker; at most 5 may"]
     assert pair.server_ctx.counters() == {"streams_overrun": 1, "late_answers": 1}
-    assert [type(answer) for answer in pair.heard(6)] == [int] * 5 + [PeerGone]
+    assert [type(answer) for answer in pair.heard(6)] == [int] * 5 + [AnswerLost]
 
 
 def test_a_call_ends_at_its_deadline_also_when_its_caller_cannot_say_so() -> None:
