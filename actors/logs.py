@@ -14,6 +14,8 @@ from typing import TextIO, cast
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
+from ..bus.logs import tell_exception
+
 __all__ = ["configure_logging"]
 
 _ALWAYS_FITS_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
@@ -30,7 +32,7 @@ def configure_logging(level: str, process: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
+            tell_exception,
             add_process,
             _render,
         ],
