@@ -5,6 +5,7 @@ from __future__ import annotations
 from .actor import Actor, Context, handles
 from .clock import Clock, SystemClock, VirtualClock
 from .conversation import Ask, Call
+from .curve import CurveKeys, TcpInbox, TcpPeer
 from .envelope import Lane
 from .ledger import Entry, LedgerReader, LedgerWriter, read_ledger
 from .lifecycle import Failure, PeerDown, PeerUp, Ping, Pong, Progress, Ready, Stop, error_of, failure_of
@@ -24,6 +25,7 @@ __all__ = [
     "Call",
     "Clock",
     "Context",
+    "CurveKeys",
     "Entry",
     "Failure",
     "Lane",
@@ -41,6 +43,8 @@ __all__ = [
     "Ready",
     "Stop",
     "SystemClock",
+    "TcpInbox",
+    "TcpPeer",
     "TensorRef",
     "Timer",
     "TokenIds",

@@ -21,14 +21,16 @@ from .actor import Actor
 from .addresses import check_run_dir, inbox_paths
 from .clock import Clock, SystemClock
 from .context import BoundContext
+from .curve import TcpInbox, TcpPeer
 from .envelope import MAX_FRAME_BYTES
 from .exchange import Exchange
+from .farclock import FarConnection
 from .inbox import Inbox
 from .ledger import LedgerWriter
 from .ports import Driver
 from .shortages import explain, require_descriptors
 from .uplink import Uplink
-from .wire import Connection
+from .wire import Channel, Connection
 
 __all__ = ["Node", "NodeConfig", "Sockets"]
 
@@ -38,6 +40,7 @@ LONGEST_POLL_MS = 3_600_000  # a deadline from elsewhere may be further away tha
 RETRY_MS = 1  # until a socket that would not take a frame is tried again
 FLUSH_NS = 500_000_000  # for a stopped node to hand its last words to its sockets
 DESCRIPTORS = 12  # a node without links opens fewer
+TCP_DESCRIPTORS = 10  # two more listening sockets with their monitors, and the desk for keys
 UPLINK_DESCRIPTORS = 8  # two sockets, their monitors at both ends, two connections
 BROKEN_NS = 3_000_000_000  # for the directory to say how a peer ended whose connection broke
 LINGER_MS = 500  # and for those to hand them to the kernel; only a peer that does not read costs this
@@ -52,6 +55,7 @@ class NodeConfig:
     run_dir: Path  # ours, mode 0700, on this host
     seed: int = 0
     record: Path | None = None  # directory for the ledger
+    tcp: TcpInbox | None = None  # to listen for nodes of other hosts, too
 
 
 class Reader(Protocol):
@@ -98,6 +102,15 @@ class Sockets:
     def mark_dirty(self, connection: Connection) -> None:
         """Flush this connection at the end of the turn."""
         self.dirty.append(connection)
+
+    def connection(
+        self, peer: str, control: Channel, data: Channel, on_close: Callable[[], None], *, is_far: bool
+    ) -> Connection:
+        """Both channels to one peer, on this host or a far one."""
+        if is_far:
+            clock = self.exchange.clock
+            return FarConnection(peer, control, data, mark_dirty=self.mark_dirty, on_close=on_close, clock=clock)
+        return Connection(peer, control, data, mark_dirty=self.mark_dirty, on_close=on_close)
 
     def flush(self) -> None:
         """Send what the turn put into connections; those whose sockets are full stay for the next turn."""
@@ -174,6 +187,7 @@ class Node:
         actor.ctx = BoundContext(self._exchange, self)
         self._sockets: Sockets | None = None
         self._expects: frozenset[str] | None = None
+        self._far: dict[str, TcpPeer] = {}
         self._first_links: list[tuple[str, int]] = []
         self._watches: dict[int, Callable[[], None]] = {}
         self._post_lock = threading.Lock()
@@ -182,8 +196,13 @@ class Node:
         self._is_over = False
         self._flush_until_ns = 0
 
-    def connect(self, name: str, incarnation: int) -> None:
-        """Link to a node that has bound its inbox; before ``run``, so that the actor may send to it from the start."""
+    def connect(self, name: str, incarnation: int, far: TcpPeer | None = None) -> None:
+        """Link to a node that has bound its inbox; before ``run``, so that the actor may send to it from the start.
+
+        far: where the node listens if it is on another host; that holds for its later lives, too.
+        """
+        if far is not None:
+            self._far[name] = far
         self._exchange.peers.connect(name, incarnation)
 
     def expect(self, names: frozenset[str]) -> None:
@@ -198,10 +217,11 @@ class Node:
         """
         linger_ms = 0
         inbox = None
-        require_descriptors(DESCRIPTORS, f"the bus of {self._config.name}")
+        needed = DESCRIPTORS + (TCP_DESCRIPTORS if self._config.tcp is not None else 0)
+        require_descriptors(needed, f"the bus of {self._config.name}")
         sockets = self._sockets = Sockets(self._exchange, self)
         try:
-            inbox = Inbox(sockets, self._config.run_dir, self._expects)
+            inbox = Inbox(sockets, self._config.run_dir, self._expects, self._config.tcp)
             self._open_wake()
             for name, incarnation in self._first_links:
                 self._uplink(sockets, name, incarnation)
@@ -232,7 +252,7 @@ class Node:
 
     def _uplink(self, sockets: Sockets, name: str, incarnation: int) -> None:
         require_descriptors(UPLINK_DESCRIPTORS, f"a link from {self._config.name} to {name}")
-        Uplink(sockets, self._config.run_dir, name, incarnation)
+        Uplink(sockets, self._config.run_dir, name, incarnation, self._far.get(name))
 
     def finish(self) -> None:
         """The actor has stopped."""

@@ -15,12 +15,14 @@ import zmq
 
 from ..errors import BadFrame
 from .addresses import check_run_dir, inbox_paths
-from .breaks import BreakWatch
+from .curve import TcpPeer, secure_client
+from .door import FRAMES_PER_TURN
 from .envelope import HEADER, Kind, split
-from .inbox import FRAMES_PER_TURN
+from .farclock import arrived
 from .lifecycle import Failure, Hello
+from .monitor import DOWN, UP, SocketMonitor
 from .registry import decode, schema_table
-from .wire import NOBLOCK, Channel, Connection
+from .wire import NOBLOCK, Channel
 
 if TYPE_CHECKING:
     from .node import Sockets
@@ -31,15 +33,21 @@ __all__ = ["Uplink"]
 class _End:
     """One DEALER: says HELLO, is welcomed, then passes frames on."""
 
-    def __init__(self, uplink: Uplink, sockets: Sockets, path: Path, control: bool) -> None:
+    def __init__(self, uplink: Uplink, sockets: Sockets, place: Path | TcpPeer, control: bool) -> None:
         self._uplink = uplink
         self._exchange = sockets.exchange
         self._is_welcome = False
+        self._was_up = False
+        self._is_far = isinstance(place, TcpPeer)
         self.control = control
         self.is_open = True
         self.socket = sockets.open(zmq.DEALER)
-        self.breaks = BreakWatch(sockets, self.socket, uplink.broken)
-        self.socket.connect(f"ipc://{path}")
+        self.monitor = SocketMonitor(sockets, self.socket, UP | DOWN, self._on_event)
+        if isinstance(place, TcpPeer):
+            secure_client(self.socket, place)
+            self.socket.connect(place.endpoint(control))
+        else:
+            self.socket.connect(f"ipc://{place}")
         sockets.add_reader(self.socket, self)
         self._say_hello()
 
@@ -50,12 +58,21 @@ class _End:
                 frame = self.socket.recv(NOBLOCK)
             except zmq.Again:
                 return
+            if self._is_far:
+                frame = arrived(frame, self._exchange.clock)
             if not self._is_welcome:
                 frame = self._read_welcome(frame)
             if frame:
                 self._exchange.receive(self._uplink.name, frame, control=self.control)
             if not self.is_open or not self._exchange.wants_more(self.control):
                 return
+
+    def _on_event(self, event: int, _: int) -> None:
+        """libzmq reconnects by itself, but to a binder that has forgotten the link: one that was up is broken."""
+        if event == UP:
+            self._was_up = True
+        elif self._was_up:
+            self._uplink.broken()
 
     def _say_hello(self) -> None:
         uplink, exchange = self._uplink, self._exchange
@@ -90,19 +107,25 @@ class Uplink:
     Raises ``ConfigError`` for a run directory that others may enter: whoever listens there need not be our peer.
     """
 
-    def __init__(self, sockets: Sockets, run_dir: Path, name: str, incarnation: int) -> None:
+    def __init__(
+        self, sockets: Sockets, run_dir: Path, name: str, incarnation: int, far: TcpPeer | None = None
+    ) -> None:
+        """far: where the peer listens, if it is on another host."""
         self.name = name
         self.incarnation = incarnation
         self._exchange = sockets.exchange
         self._sockets = sockets
         self._is_up = False
-        check_run_dir(run_dir)
-        control, data = inbox_paths(run_dir, name, incarnation)
+        control: Path | TcpPeer
+        data: Path | TcpPeer
+        if far is None:
+            check_run_dir(run_dir)
+            control, data = inbox_paths(run_dir, name, incarnation)
+        else:
+            control = data = far
         self._ends = (_End(self, sockets, data, False), _End(self, sockets, control, True))
         channels = [Channel(end.socket, None) for end in self._ends]
-        self._connection = Connection(
-            name, channels[1], channels[0], mark_dirty=sockets.mark_dirty, on_close=self.close
-        )
+        self._connection = sockets.connection(name, channels[1], channels[0], self.close, is_far=far is not None)
 
     def welcomed(self) -> None:
         """The binder let us in."""
@@ -126,5 +149,5 @@ class Uplink:
         for end in self._ends:
             if end.is_open:
                 end.is_open = False
-                end.breaks.close()
+                end.monitor.close()
                 self._sockets.close(end.socket)

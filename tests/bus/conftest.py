@@ -69,7 +69,7 @@ class Nodes:
         self,
         name: str,
         actor: Actor,
-        *connect: tuple[str, int],
+        *connect: tuple[Any, ...],
         incarnation: int = 1,
         record: Path | None = None,
         expects: frozenset[str] | None = None,
@@ -78,8 +78,8 @@ class Nodes:
         node = Node(NodeConfig(name=name, incarnation=incarnation, run_dir=self.run_dir, record=record), actor)
         if expects is not None:
             node.expect(expects)
-        for peer, peer_incarnation in connect:
-            node.connect(peer, peer_incarnation)
+        for peer in connect:
+            node.connect(*peer)
         running = Running(node, actor, threading.Thread(target=lambda: self._run(running)))
         running.thread.start()
         self.running.append(running)

@@ -140,7 +140,7 @@ def test_a_hostile_process_is_counted_named_and_answered_while_real_peers_are_se
     first = counted(caplog, counter)[0]
     assert said in first
     if counter != "late_frames":
-        assert f"pid={hostile.pid}" in first
+        assert f"sender='process {hostile.pid}'" in first
         assert re.search("socket='(data|control)'", first)
     assert friend.asks(1) == "2"
     assert 666 not in server.seen
