@@ -46,6 +46,7 @@ class Boot:
     children: tuple[ChildSpec, ...]
     max_restarts: int = 5  # of one child within window_s; one more and its group is given up
     window_s: float = 30.0
+    stall_timeout_s: float = 10.0  # without an answer, or busy without progress, until a process is replaced
     close_timeout_s: float = 10.0  # for a stop nobody gave a budget: after a failed start, or on SIGTERM
     record: str | None = None
     seed: int = 0

@@ -144,6 +144,7 @@ class ChipActor(Actor):
         self.config = msgspec.convert(config, ChipConfig)
         self._chip: Chip | None = None  # the compute thread's, once it has opened it
         self._compute: Compute | None = None
+        self._jobs_given = 0
         self._jobs_done = 0
         # Written by the compute thread, each in one assignment, and read by the bus thread:
         self._running: tuple[str, int] | None = None  # what, and since when on the bus clock
@@ -192,8 +193,13 @@ class ChipActor(Actor):
         self._compute.close(self.ctx.stop)
 
     def progress(self) -> int:
-        """Jobs ended so far: what a health answer carries, so a stuck kernel can be told from an idle chip."""
-        return self._jobs_done
+        """A number that moves with every job that ends, and with every task inside one."""
+        chip = self._chip
+        return self._jobs_done + (0 if chip is None else chip.progress)
+
+    def is_busy(self) -> bool:
+        """The compute thread has jobs. Jobs in modelled time run on the bus thread, which shows by its answer."""
+        return self._jobs_given > self._jobs_done and not self.config.inline
 
     @handles(RegisterProgram)
     def _register(self, message: RegisterProgram, call: Call) -> None:
@@ -353,4 +359,5 @@ class ChipActor(Actor):
             call.reply(value)
 
         assert self._compute is not None
+        self._jobs_given += 1
         self._compute.submit(tracked, on_done)

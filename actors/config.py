@@ -98,6 +98,9 @@ class EngineConfig:
     max_request_restarts: int = _setting(
         3, "restarts of a request that do not get it one token further, before WorkerDied", _whole(0)
     )
+    stall_timeout_s: float = _setting(
+        10.0, "until a process that stopped or is stuck is replaced, seconds", _seconds, flags=("--stall-timeout",)
+    )
     start_timeout_s: float = _setting(
         300.0, "until every process is ready, seconds", _seconds, flags=("--start-timeout",)
     )

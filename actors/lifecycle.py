@@ -34,6 +34,7 @@ __all__ = [
     "ChildFailed",
     "ChildLinked",
     "ChildReady",
+    "ChildStalled",
     "Event",
     "Kill",
     "Phase",
@@ -200,6 +201,15 @@ class ChildCondemned:
 
 
 @attrs.frozen
+class ChildStalled:
+    """The child does not answer heartbeats, or answers that it is busy and gets nowhere (``heartbeats.Stall``)."""
+
+    name: str
+    incarnation: int
+    reason: str
+
+
+@attrs.frozen
 class ChildFailed:
     """The child says that it cannot start. ``error``: class name in chipbus.errors."""
 
@@ -235,7 +245,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = Begin | ChildLinked | ChildReady | ChildFailed | ChildCondemned | ChildDied | StopAll | Tick
+Event = Begin | ChildLinked | ChildReady | ChildFailed | ChildCondemned | ChildStalled | ChildDied | StopAll | Tick
 
 
 # Actions.
@@ -268,10 +278,11 @@ class Terminate:
 
 @attrs.frozen
 class Kill:
-    """SIGKILL to the child's process group."""
+    """SIGKILL to the child's process group; with ``dumps_stack`` after it has had a moment to log where it is."""
 
     name: str
     incarnation: int
+    dumps_stack: bool = False
 
 
 @attrs.frozen
@@ -323,6 +334,8 @@ def step(tree: Tree, event: Event, now_s: float) -> tuple[Tree, tuple[Action, ..
             turn.failed(name, incarnation, error, text)
         case ChildCondemned(name, incarnation, reason):
             turn.condemned(name, incarnation, reason)
+        case ChildStalled(name, incarnation, reason):
+            turn.stalled(name, incarnation, reason)
         case ChildDied(name, incarnation):
             turn.died(event)
         case StopAll(budget_s):
@@ -400,6 +413,16 @@ class _Turn:
         child = self._current(name, incarnation)
         if child is not None and child.status is Status.READY:
             self._kill_faulty(name, reason)
+
+    def stalled(self, name: str, incarnation: int, reason: str) -> None:
+        child = self._current(name, incarnation)
+        if child is None or child.status not in (Status.STARTING, Status.READY):
+            return
+        if self._tree.phase is Phase.STARTING:
+            self._set(name, reason=reason)
+            self._fail_start(name, "StartFailed", f"{name}: {reason}")
+        else:
+            self._kill_faulty(name, reason, dumps_stack=True)
 
     def died(self, event: ChildDied) -> None:
         child = self._current(event.name, event.incarnation)
@@ -516,14 +539,14 @@ class _Turn:
         elif is_first:
             self._actions.append(Terminate(name, child.incarnation))
 
-    def _kill_faulty(self, name: str, reason: str) -> None:
+    def _kill_faulty(self, name: str, reason: str, *, dumps_stack: bool = False) -> None:
         child = self._children[name]
         stop = Stop(self._now_s, self._now_s + _GROUP_STOP_S)
         self._set(
             name, status=Status.STOPPING, stop=stop, measure=Measure.KILL, is_to_restart=True, counts_as_death=True,
             reason=reason, wake_s=None,
         )  # fmt: skip
-        self._actions.append(Kill(name, child.incarnation))
+        self._actions.append(Kill(name, child.incarnation, dumps_stack))
 
     def _fail_start(self, name: str, error: str, text: str) -> None:
         self._actions.append(AnnounceFailure(name, error, text))

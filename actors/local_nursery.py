@@ -73,6 +73,9 @@ class LocalNursery:
         elif self._system.incarnation(name) == incarnation:  # else its end is on its way
             self.kill(name, signum)
 
+    def dump_stack(self, name: str, incarnation: int) -> None:
+        pass
+
     def pid(self, name: str) -> int:
         if name == SUPERVISOR:
             return 1

@@ -66,6 +66,10 @@ class Nursery(Protocol):
         """Send SIGTERM or SIGKILL to a life, now or as soon as it has a process. One that is over is left alone."""
         ...
 
+    def dump_stack(self, name: str, incarnation: int) -> None:
+        """Have a life write to the log what each of its threads is doing. One that cannot, or is over, does nothing."""
+        ...
+
     def pid(self, name: str) -> int:
         """Of a child's process, or of the supervisor; 0 while there is none."""
         ...

@@ -143,6 +143,7 @@ class EnginePlan:
             host_pid=os.getpid(),
             children=self.children(),
             max_restarts=self.config.max_restarts,
+            stall_timeout_s=self.config.stall_timeout_s,
             close_timeout_s=self.config.close_timeout_s,
             record=None if self.config.record is None else str(self.config.record.absolute()),
             seed=self.config.seed,

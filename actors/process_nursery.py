@@ -21,10 +21,11 @@ from ..bus import Context
 from ..bus.shortages import require_descriptors
 from ..errors import StartFailed
 from .boot import SUPERVISOR, ChildSpec
+from .heartbeats import Heartbeats
 from .lifecycle import NEVER_STARTED
-from .messages.warden import Exited, Preloaded, Spawned, SpawnRefused
+from .messages.warden import Exited, Pong, Preloaded, Spawned, SpawnRefused
 from .nursery import LifeEnd, NurseryEvents
-from .processes import EXIT_ORPHANED, ExitStatus, Process, Tether, is_dead, reap_any, signal_group
+from .processes import EXIT_ORPHANED, ExitStatus, Process, Tether, is_dead, reap_any, signal_group, signal_process
 from .wardens import Warden
 
 __all__ = ["ProcessNursery"]
@@ -61,10 +62,12 @@ class ProcessNursery:
         start_warden: Callable[[str], Warden],
         signals_fd: int,
         fate_fds: Iterable[int],
+        stall_timeout_s: float,
     ) -> None:
         """wardens: already started, by preload. start_warden: makes another one of a preload; raises ``OSError``.
 
         signals_fd: ``watch_signals`` of SIGCHLD and SIGTERM. fate_fds: readable once the host application is gone.
+        stall_timeout_s: a warden that has finished its imports and does not answer for so long is replaced.
         """
         self.freed: list[str] = []
         self._run_dir = run_dir
@@ -72,6 +75,7 @@ class ProcessNursery:
         self._start_warden = start_warden
         self._signals_fd = signals_fd
         self._fate_fds = tuple(fate_fds)
+        self._heartbeats = Heartbeats(stall_timeout_s)
         self._lives: dict[str, _Life] = {}
         self._weights: dict[str, int] = {}  # memory file of each child that keeps weights
         self._warden_texts: dict[str, tuple[str, str]] = {}
@@ -87,6 +91,7 @@ class ProcessNursery:
         ctx.watch(self._signals_fd, self._on_signal)
         for warden in self._wardens.values():
             ctx.watch(warden.fd, partial(self._on_warden, warden))
+        self._beat()
         ctx.after(0.0, self._sweep)  # a warden may have ended before its death could be watched
 
     def spawn(self, spec: ChildSpec, incarnation: int) -> None:
@@ -114,6 +119,11 @@ class ProcessNursery:
             life.tether.cut()
             if signum == signal.SIGKILL:  # it was asked for this child long ago: it is stuck
                 life.warden.kill()
+
+    def dump_stack(self, name: str, incarnation: int) -> None:
+        life = self._life(name, incarnation)
+        if life is not None and life.process is not None:
+            signal_process(life.process, signal.SIGUSR1)
 
     def pid(self, name: str) -> int:
         if name == SUPERVISOR:
@@ -179,6 +189,17 @@ class ProcessNursery:
 
     # Wardens.
 
+    def _beat(self) -> None:
+        """Kill a warden that has stopped or is stuck; the sweep replaces it. Imports have their own deadline."""
+        ready = {preload: warden for preload, warden in self._wardens.items() if warden.is_ready}
+        watched = {preload: warden.process.pid for preload, warden in ready.items()}
+        for stall in self._heartbeats.beat(watched, self._ctx.clock.now_ns() / 1e9):
+            self._ctx.log.error("warden.stalled", warden=stall.name, reason=stall.reason)
+            ready[stall.name].kill()
+        for warden in ready.values():
+            warden.ping()
+        self._ctx.after(self._heartbeats.interval_s, self._beat)
+
     def _warden(self, preload: str) -> Warden:
         warden = self._wardens.get(preload)
         if warden is None:
@@ -193,6 +214,8 @@ class ProcessNursery:
                     self._ctx.log.info("warden.preloaded", warden=warden.preload, seconds=seconds, error=text)
                     if error:
                         self._warden_texts[warden.preload] = (error, text)
+                case Pong():
+                    self._heartbeats.answered(warden.preload, warden.process.pid)
                 case Spawned(name, incarnation, pid, is_forked):
                     self._spawned(name, incarnation, Process(pid, pidfd), is_forked=is_forked)
                 case SpawnRefused(name, incarnation, text):

@@ -40,6 +40,7 @@ class TreeSettings:
     what: str  # "engine", "worker"
     start_timeout_s: float
     close_timeout_s: float
+    stall_timeout_s: float
     seed: int = 0
     record: Path | None = None
     run_dir: Path | None = None  # None: one of its own making
@@ -67,6 +68,8 @@ class ProcessTree:
             on_ready=self._settled.set,
             on_dead=self._died,
             on_progress=on_progress or (lambda _: None),
+            on_stalled=self._supervisor_stalled,
+            stall_timeout_s=settings.stall_timeout_s,
         )
         config = NodeConfig(
             name="host", incarnation=1, run_dir=self._run_dir.path, seed=settings.seed, record=settings.record
@@ -168,6 +171,13 @@ class ProcessTree:
             self.death = error
         self._actor.fail_all(error)
         self._settled.set()
+
+    def _supervisor_stalled(self, reason: str) -> None:
+        """On the bus thread. A close that is under way has its own deadline."""
+        assert self._supervisor is not None
+        if not self._closing:
+            self._died(EngineDead(f"the supervisor gave {reason}; it was killed, and every worker with it"))
+            self._supervisor.kill()
 
     def _supervisor_ended(self) -> None:
         assert self._supervisor is not None

@@ -51,6 +51,7 @@ __all__ = [
     "send_with_fds",
     "set_process_name",
     "signal_group",
+    "signal_process",
     "spawn",
     "spawn_supervisor",
     "start_session",
@@ -334,6 +335,11 @@ def signal_group(process: Process, signum: int) -> None:
                 pass  # it leads no group yet: forked a moment ago
             elif not is_dead(process.pidfd):  # before Linux 6.9: a living leader's pid cannot be another's group
                 os.killpg(process.pid, signum)
+    signal_process(process, signum)
+
+
+def signal_process(process: Process, signum: int) -> None:
+    """Send ``signum`` to the process alone. Nothing happens if it is gone."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(process.pidfd, signum)
 

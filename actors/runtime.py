@@ -45,6 +45,7 @@ class Runtime:
             what="engine",
             start_timeout_s=config.start_timeout_s,
             close_timeout_s=config.close_timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
             seed=config.seed,
             record=config.record,
             run_dir=config.run_dir,

@@ -47,7 +47,7 @@ def main(warden_command: Sequence[str] = WARDEN_COMMAND) -> NoReturn:
     record = None if boot.record is None else Path(boot.record)
     config = NodeConfig(name=SUPERVISOR, incarnation=1, run_dir=Path(boot.run_dir), seed=boot.seed, record=record)
     fate_fds = (int(tether_fd), open_pidfd(boot.host_pid))
-    nursery = ProcessNursery(Path(boot.run_dir), wardens, start_warden, signals_fd, fate_fds)
+    nursery = ProcessNursery(Path(boot.run_dir), wardens, start_warden, signals_fd, fate_fds, boot.stall_timeout_s)
     node = Node(config, SupervisorActor(boot, nursery))
     node.expect(boot.expected_by(SUPERVISOR))
     node.run()

@@ -17,9 +17,10 @@ from signal import SIGKILL, SIGTERM
 
 import attrs
 
-from ..bus import Actor, Call, PeerDown, PeerUp, Progress, Ready, Stop, Timer, handles
+from ..bus import Actor, Call, PeerDown, PeerUp, Ping, Pong, Progress, Ready, Stop, Timer, handles
 from ..errors import ChipbusError, MailboxFull, PeerGone, StartFailed
 from .boot import HOST, SUPERVISOR, Boot
+from .heartbeats import Heartbeats
 from .lifecycle import (
     NEVER_STARTED,
     Action,
@@ -35,6 +36,7 @@ from .lifecycle import (
     ChildFailed,
     ChildLinked,
     ChildReady,
+    ChildStalled,
     Event,
     Kill,
     Phase,
@@ -70,6 +72,7 @@ __all__ = ["SupervisorActor"]
 
 ROUTER = "router"
 STATISTICS_TIMEOUT_S = 2.0
+_DUMP_S = 0.05  # for a stuck process to write its stack; it takes 1 ms
 _ROUNDING_S = 2e-9  # a tick just before its time does nothing; on a virtual clock it would then come again for ever
 
 
@@ -87,6 +90,7 @@ class SupervisorActor(Actor):
         self._is_to_end = False  # when everything is stopped
         self._is_leaving = False
         self._lost: list[GroupLost] = []
+        self._heartbeats = Heartbeats(boot.stall_timeout_s)
         self._told: tuple[ChildRecord, ...] = ()
 
     # Hooks.
@@ -104,6 +108,7 @@ class SupervisorActor(Actor):
             ),
         )
         self._feed(Begin())
+        self._beat()
 
     def on_stop(self) -> None:
         """The host asked the node itself to stop: the same as ``Shutdown``, without a report."""
@@ -139,6 +144,26 @@ class SupervisorActor(Actor):
     def _is_linked(self, name: str) -> bool:
         child = self._tree.children[name]
         return child.is_linked and child.status in (Status.STARTING, Status.READY)
+
+    # Heartbeats.
+
+    def _beat(self) -> None:
+        """Judge who is silent or stuck, then ask everybody again."""
+        watched = {name: child.incarnation for name, child in self._tree.children.items() if self._is_linked(name)}
+        stalls = self._heartbeats.beat(watched, self._now_s())
+        for name in watched:
+            self._tell(name, Ping())
+        for stall in stalls:
+            self.ctx.log.error("child.stalled", child=stall.name, life=stall.incarnation, reason=stall.reason)
+            self._feed(ChildStalled(stall.name, stall.incarnation, stall.reason))
+        self.ctx.after(self._heartbeats.interval_s, self._beat)
+
+    @handles(Pong)
+    def _pong(self, message: Pong, _: Call | None) -> None:
+        child = self._living(self.ctx.sender)
+        if child is not None:  # one that is starting has a deadline for whatever it is busy with
+            is_busy = message.is_busy and child.status is Status.READY
+            self._heartbeats.answered(self.ctx.sender, child.incarnation, message.progress, is_busy=is_busy)
 
     # Messages from children.
 
@@ -224,7 +249,7 @@ class SupervisorActor(Actor):
         log = self.ctx.log.info if child.status is Status.STOPPING else self.ctx.log.warning
         log("child.exited", child=end.name, life=end.incarnation, pid=end.pid, exit=end.exit, reason=end.text)
         if child.is_linked:
-            self._tell_down(child, end.exit)
+            self._tell_down(child, f"{end.exit}, {child.reason}" if child.reason else end.exit)
         self._feed(ChildDied(end.name, end.incarnation, end.exit, end.error, end.text))
 
     def _tell_down(self, child: Child, reason: str) -> None:
@@ -264,8 +289,12 @@ class SupervisorActor(Actor):
                 self._tell(name, Stop(int(deadline_s * 1e9)))
             case Terminate(name, incarnation):
                 self._nursery.signal(name, incarnation, SIGTERM)
-            case Kill(name, incarnation):
-                self._nursery.signal(name, incarnation, SIGKILL)
+            case Kill(name, incarnation, dumps_stack):
+                if dumps_stack:
+                    self._nursery.dump_stack(name, incarnation)
+                    self.ctx.after(_DUMP_S, lambda: self._nursery.signal(name, incarnation, SIGKILL))
+                else:
+                    self._nursery.signal(name, incarnation, SIGKILL)
             case AnnounceReady(seconds):
                 self.ctx.log.info("tree.ready", seconds=seconds)
                 self._tell(HOST, TreeReady(seconds))

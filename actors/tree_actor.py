@@ -5,14 +5,16 @@ Owns: the latest picture of the tree. Thread: the bus thread. Who asks the tree 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import attrs
 
-from ..bus import Actor, Progress, handles
-from ..errors import ChipbusError, RestartLimit
+from ..bus import Actor, Ping, Pong, Progress, handles
+from ..errors import ChipbusError, MailboxFull, PeerGone, RestartLimit
 from .boot import SUPERVISOR
+from .heartbeats import Heartbeats
 from .messages.tree import (
     ChildRecord,
     CloseReport,
@@ -34,6 +36,10 @@ class TreeEvents:
     on_ready: Callable[[], None]
     on_dead: Callable[[ChipbusError], None]
     on_progress: Callable[[Progress], None]
+    on_stalled: Callable[[str], None] = lambda _: None
+    """The supervisor has stopped or is stuck; told once, with the reason."""
+    stall_timeout_s: float | None = None
+    """After how long without an answer ``on_stalled`` is told; None: never."""
 
 
 class TreeActor(Actor, ABC):
@@ -42,6 +48,7 @@ class TreeActor(Actor, ABC):
     def __init__(self) -> None:
         self.events: TreeEvents | None = None
         self.tree: tuple[ChildRecord, ...] = ()  # replaced whole, so other threads may read it
+        self._heartbeats: Heartbeats | None = None  # from the supervisor's first word on
 
     def on_start(self) -> None:
         """The inbox is bound: the supervisor may be started."""
@@ -67,6 +74,28 @@ class TreeActor(Actor, ABC):
     @handles(TreeChanged)
     def _tree_changed(self, message: TreeChanged, _: object) -> None:
         self.tree = message.children
+        timeout_s = self._heard.stall_timeout_s
+        if self._heartbeats is None and timeout_s is not None:
+            self._heartbeats = Heartbeats(timeout_s)
+            self._beat()
+
+    def _beat(self) -> None:
+        """The same rule as for children, by their owner; it ends with the supervisor."""
+        assert self._heartbeats is not None
+        life = self.ctx.peers().get(SUPERVISOR)
+        if life is None:
+            return
+        for stall in self._heartbeats.beat({SUPERVISOR: life}, self.ctx.clock.now_ns() / 1e9):
+            self._heard.on_stalled(stall.reason)
+            return
+        with contextlib.suppress(PeerGone, MailboxFull):  # what it does not take it cannot answer
+            self.ctx.tell(SUPERVISOR, Ping())
+        self.ctx.after(self._heartbeats.interval_s, self._beat)
+
+    @handles(Pong)
+    def _pong(self, message: Pong, _: object) -> None:
+        if self._heartbeats is not None and self.ctx.sender == SUPERVISOR:
+            self._heartbeats.answered(SUPERVISOR, self.ctx.peers()[SUPERVISOR], message.progress)
 
     @handles(TreeReady)
     def _tree_ready(self, message: TreeReady, _: object) -> None:

@@ -38,7 +38,18 @@ from ..errors import ChipbusError, StartFailed
 from .boot import SUPERVISOR, Boot, ChildSpec
 from .kinds import ENTRIES, PRELOADS, load_actor
 from .logs import configure_logging
-from .messages.warden import Exited, FromWarden, Leave, Preloaded, SpawnChild, Spawned, SpawnRefused, ToWarden
+from .messages.warden import (
+    Exited,
+    FromWarden,
+    Leave,
+    Ping,
+    Pong,
+    Preloaded,
+    SpawnChild,
+    Spawned,
+    SpawnRefused,
+    ToWarden,
+)
 from .processes import (
     EXIT_FAILED,
     Process,
@@ -130,6 +141,8 @@ class _Warden:
         match msgspec.msgpack.decode(data, type=ToWarden):
             case SpawnChild(name, incarnation):
                 self._spawn(name, incarnation, fds)
+            case Ping():
+                self._tell(Pong())
             case Leave():
                 os._exit(0)
 
@@ -227,6 +240,7 @@ def _run_child(
     live_by_tether(tether_fd)
     set_process_name(spec.name)
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # all threads, to stderr: what the supervisor asks of one that is stuck
     configure_logging(boot.log_level, spec.name)
     if spec.preload != LIGHT:
         lower_priority()

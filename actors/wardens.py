@@ -15,7 +15,18 @@ from pathlib import Path
 
 import msgspec
 
-from .messages.warden import Exited, FromWarden, Leave, Preloaded, SpawnChild, Spawned, SpawnRefused, ToWarden
+from .messages.warden import (
+    Exited,
+    FromWarden,
+    Leave,
+    Ping,
+    Pong,
+    Preloaded,
+    SpawnChild,
+    Spawned,
+    SpawnRefused,
+    ToWarden,
+)
 from .processes import Process, Tether, arm_tether, receive_with_fds, send_with_fds, signal_group, spawn
 
 __all__ = ["LIGHT", "WARDEN_COMMAND", "Warden"]
@@ -108,9 +119,14 @@ class Warden:
                     self._begin()
                 case Spawned(name, incarnation) | SpawnRefused(name, incarnation):
                     self._asked.discard((name, incarnation))
-                case Exited() | Preloaded():
+                case Exited() | Preloaded() | Pong():
                     pass
             yield message, fds[0] if fds else -1
+
+    def ping(self) -> None:
+        """Ask for a ``Pong``."""
+        with contextlib.suppress(OSError):  # a full socket: it has not read what it was asked before
+            self._send(Ping())
 
     def leave(self) -> None:
         """Tell the warden to end; one that is still importing is killed, since nobody waits for it."""

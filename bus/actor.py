@@ -136,6 +136,10 @@ class Actor:
         """A counter that moves while the actor works; carried by every ``Pong``."""
         return 0
 
+    def is_busy(self) -> bool:
+        """Whether another thread of the actor has work, so that ``progress`` has to move; carried by every ``Pong``."""
+        return False
+
     def handler_names(self) -> Mapping[type, str]:
         """Message type to method name, as declared with ``handles``."""
         return self._handlers

@@ -99,9 +99,10 @@ class Ping:
 @message(0x0109, lane=Lane.HEALTH)
 @attrs.frozen
 class Pong:
-    """Alive; ``progress`` is ``Actor.progress()``, so a stuck compute thread shows as an unchanged number."""
+    """Alive; ``progress`` and ``is_busy`` are the actor's: a stuck compute thread is busy with an unchanged number."""
 
     progress: int
+    is_busy: bool = False
 
 
 @message(0x010A, lane=Lane.WORK)

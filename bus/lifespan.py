@@ -70,7 +70,8 @@ class Lifespan:
         self._driver.finish()
 
     def _ping(self, _: Ping, call: Call | None) -> None:
-        pong = Pong(self._exchange.actor.progress())
+        actor = self._exchange.actor
+        pong = Pong(actor.progress(), actor.is_busy())
         if call is not None:
             call.reply(pong)
         else:

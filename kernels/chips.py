@@ -57,6 +57,14 @@ class Chip(Protocol):
         """Memory held by residents now, scratch included."""
         ...
 
+    @property
+    def progress(self) -> int:
+        """A number that changes with every task that ends and with every piece of weights that is loaded.
+
+        The one thing that other threads may read while a command runs: does it still get on?
+        """
+        ...
+
     def register(self, program: Program) -> None:
         """Make ``program`` known under its digest. Again is harmless. An unknown kind is refused.
 

@@ -60,6 +60,11 @@ class CpuChip(TorchChip):
         self.engine = engine_of(isa=isa)
         self.native = None if self.engine.startswith("torch") else NativeModel(open_cores(threads, isa), kept)
 
+    @property
+    def progress(self) -> int:
+        """See ``Chip.progress``."""
+        return super().progress + (0 if self.native is None else self.native.ended)
+
     def free_bytes(self) -> int:
         """Memory of the machine, or of the cgroup this process is in."""
         return available_bytes()

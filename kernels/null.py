@@ -92,6 +92,7 @@ class NullChip:
         self._launches = 0
         self._allocs = 0
         self._closed = threading.Event()
+        self.progress = 0
 
     @property
     def resident_bytes(self) -> int:
@@ -167,6 +168,7 @@ class NullChip:
                 slower *= fault.factor
             run.is_corrupt |= fault.kind == "corrupt"
         bytes_moved, flop = _KINDS[program.kind](run)
+        self.progress += 1
         return Completion(
             dispatch_id=dispatch.dispatch_id,
             outputs=tuple(run.outputs),
@@ -191,6 +193,7 @@ class NullChip:
             if fault.kind == "corrupt":
                 corrupt += filter(None, [corrupted_tile(graph, at or 0)])
         self._write_known(run, corrupt)
+        self.progress += len(took)
         ends = np.cumsum([cost.launch_ns, *took], dtype="<i8")
         is_timed = run.dispatch.config is not None and run.dispatch.config.timeline
         return Completion(

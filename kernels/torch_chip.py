@@ -26,7 +26,7 @@ from .graph import TaskGraph
 from .int8 import Int8Matrix
 from .memory import weights_bytes
 from .program import Direction, Param, Program, TensorSpec, nbytes
-from .torch_executor import BoundGraph, HeapArenas
+from .torch_executor import BoundGraph, HeapArenas, TaskCount
 from .torch_kernels import Window, Workspace
 from .weights import load_weights, pack
 
@@ -92,6 +92,7 @@ class TorchChip(ABC):
         self._settled: dict[tuple[bytes, tuple[Arg, ...], LaunchConfig | None], Executor] = {}
         self.arenas = HeapArenas(self._new_memory)
         self._workspaces: dict[torch.dtype, Workspace] = {}
+        self._count = TaskCount()
         self._is_open = True
 
     @property
@@ -99,6 +100,11 @@ class TorchChip(ABC):
         """See ``Chip.resident_bytes``; untouched pages of a tensor count too, although they take no memory yet."""
         kept = sum(tensor.nbytes for tensor in self._tensors.values()) + sum(self._weight_bytes.values())
         return kept + self.arenas.nbytes
+
+    @property
+    def progress(self) -> int:
+        """See ``Chip.progress``."""
+        return self._count.ended
 
     @property
     def num_graphs(self) -> int:
@@ -126,8 +132,14 @@ class TorchChip(ABC):
         self._check_open()
         check_tensor(tensor, self._residents)
         if tensor.source:
+
+            def counted(done: float, total: float) -> None:
+                self._count.ended += 1
+                if report is not None:
+                    report(done, total)
+
             with torch.inference_mode():
-                self._weights[tensor.resident], self._weight_bytes[tensor.resident] = self.load(tensor, report)
+                self._weights[tensor.resident], self._weight_bytes[tensor.resident] = self.load(tensor, counted)
         else:
             what = f"resident {tensor.resident} of {tensor.dtype} {list(tensor.shape)}"
             self._tensors[tensor.resident] = self._new_tensor(tensor.dtype, tensor.shape, what)
@@ -261,6 +273,7 @@ class TorchChip(ABC):
                 incores=capture.incores,
                 arenas=self.arenas,
                 check_numerics=self.check_numerics,
+                count=self._count,
             )
 
         return self.bind(launch, capture, make)

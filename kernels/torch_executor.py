@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from .program import nbytes
 from .torch_kernels import KERNELS, BoundTask, Kernel, Window, Workspace
 from .weights import packed_rows
 
-__all__ = ["BoundGraph", "HeapArenas", "from_token", "tiles_of"]
+__all__ = ["BoundGraph", "HeapArenas", "TaskCount", "from_token", "tiles_of"]
 
 # Bound by name in built-in programs, but read from the window as Python values: a tensor element costs a call each.
 _WINDOW_VALUES = ("slots", "row_offsets", "row_ends", "block_tables", "stores")
@@ -66,6 +67,13 @@ class HeapArenas:
         return self._rings[ring].nbytes if ring in self._rings else 0
 
 
+@attrs.define
+class TaskCount:
+    """How many tasks have ended. Written by the thread that runs them; any other may look whether it moves."""
+
+    ended: int = 0
+
+
 class BoundGraph:
     """A graph with memory, ready to be replayed: refill ``window`` or ``memory``, then ``run``.
 
@@ -84,6 +92,7 @@ class BoundGraph:
         incores: Mapping[str, InCore] | None = None,
         arenas: HeapArenas | None = None,
         check_numerics: bool = False,
+        count: TaskCount | None = None,
     ) -> None:
         self.window = window
         self.memory = memory
@@ -91,6 +100,7 @@ class BoundGraph:
         self.tasks = len(graph.tasks)
         self.weight_bytes = sum(_weight_bytes(task, memory) for task in graph.tasks)
         self._graph = graph
+        self._count = count or TaskCount()
         given = {"tokens": window.tokens, "positions": window.positions, "loads": window.loads, **memory}
         kernels = {**kernels, **{name: _incore(incore) for name, incore in (incores or {}).items()}}
         fresh = _fresh_buffers(graph, kernels, incores or {})
@@ -121,10 +131,11 @@ class BoundGraph:
 
     def run(self, where: str) -> None:
         """Every task once, in submission order. One that raises is a ``CoreException`` naming it, after ``where``."""
-        at = 0
+        at, count = 0, self._count
         try:
             for at, call in enumerate(self._calls):  # noqa: B007 (read when a task raises)
                 call()
+                count.ended += 1
         except Exception as error:  # whatever a kernel raises, the caller must learn which one it was
             raise self._failed(where, at, error) from error
         finally:
@@ -140,6 +151,7 @@ class BoundGraph:
                 call()
                 synchronize()
                 times += begin - began, time.perf_counter_ns() - began
+                self._count.ended += 1
         except Exception as error:
             raise self._failed(where, at, error) from error
         finally:

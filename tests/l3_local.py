@@ -68,6 +68,10 @@ class AddingChip:
     def resident_bytes(self) -> int:
         return sum(array.nbytes for array in self.residents.values())
 
+    @property
+    def progress(self) -> int:
+        return len(self.launched)
+
     def register(self, program: Program) -> None:
         if not program.kind.startswith("test."):
             raise KernelError(f"program {program.name} is of kind {program.kind!r}")

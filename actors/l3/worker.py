@@ -67,6 +67,7 @@ class L3Worker:
         subs: Mapping[str, Callable[..., object]] | None = None,
         track_war: bool = False,
         run_timeout_s: float = 600.0,
+        stall_timeout_s: float = 10.0,
         start_timeout_s: float = 300.0,
         close_timeout_s: float = 10.0,
         record: Path | None = None,
@@ -84,6 +85,7 @@ class L3Worker:
         subs:          host callables that orchestrations submit by name
         track_war:     have tasks also wait for those that read what they overwrite
         run_timeout_s: for one launch or host callable; a chip that takes longer is replaced
+        stall_timeout_s: without an answer from a process, or a task ended on a busy chip, until it is replaced
         faults:        what goes wrong on purpose, by worker id; null chips only
         max_restarts:  deaths of one chip within 30 s after which it stays down
         """
@@ -104,6 +106,7 @@ class L3Worker:
             _check_whole("threads", threads, 1)
         for name, seconds in (
             ("run_timeout_s", run_timeout_s),
+            ("stall_timeout_s", stall_timeout_s),
             ("start_timeout_s", start_timeout_s),
             ("close_timeout_s", close_timeout_s),
         ):
@@ -113,6 +116,7 @@ class L3Worker:
         self._devices = names
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // len(names))
         self._max_restarts = max_restarts
+        self._stall_timeout_s = stall_timeout_s
         self._record = None if record is None else Path(record)
         self._only = given[0] if len(given) == 1 else None
         settings = CoreSettings(
@@ -147,6 +151,7 @@ class L3Worker:
             what="worker",
             start_timeout_s=start_timeout_s,
             close_timeout_s=close_timeout_s,
+            stall_timeout_s=stall_timeout_s,
             seed=seed,
             record=self._record,
         )
@@ -172,6 +177,7 @@ class L3Worker:
             host_pid=os.getpid(),
             children=tuple(self._chip(worker, device) for worker, device in enumerate(self._devices)),
             max_restarts=self._max_restarts,
+            stall_timeout_s=self._stall_timeout_s,
             close_timeout_s=self._close_timeout_s,
             record=None if self._record is None else str(self._record.absolute()),
             seed=self._seed,

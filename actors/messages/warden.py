@@ -1,13 +1,16 @@
 """The conversation between the supervisor and a warden: plain seqpacket, because a warden may have no bus.
 
-A warden can be asked to fork a child the boot file names, and to leave; nothing else. So it can never compute.
+A warden can be asked to fork a child the boot file names, whether it still answers, and to leave; nothing else. So it
+can never compute.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-__all__ = ["Exited", "FromWarden", "Leave", "Preloaded", "SpawnChild", "SpawnRefused", "Spawned", "ToWarden"]
+__all__ = [
+    "Exited", "FromWarden", "Leave", "Ping", "Pong", "Preloaded", "SpawnChild", "SpawnRefused", "Spawned", "ToWarden",
+]  # fmt: skip
 
 
 class SpawnChild(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -22,6 +25,14 @@ class SpawnChild(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_
 
 class Leave(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """Supervisor to warden: end. All children are gone already."""
+
+
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Supervisor to warden: are you alive? Reply: ``Pong``."""
+
+
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Warden to supervisor, once per ``Ping``: alive."""
 
 
 class Preloaded(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -60,5 +71,5 @@ class Exited(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unkn
     text: str = ""
 
 
-ToWarden = SpawnChild | Leave
-FromWarden = Preloaded | Spawned | SpawnRefused | Exited
+ToWarden = SpawnChild | Ping | Leave
+FromWarden = Preloaded | Pong | Spawned | SpawnRefused | Exited

@@ -128,9 +128,18 @@ void Cores::together(const std::function<void(Core&, int32_t)>& job) {
 
 void Cores::each(int64_t count, const std::function<void(int64_t)>& job) {
     std::atomic<int64_t> next{0};
-    together([&](Core&, int32_t) {
-        for (int64_t index = next.fetch_add(1); index < count; index = next.fetch_add(1)) job(index);
+    together([&](Core& core, int32_t) {
+        for (int64_t index = next.fetch_add(1); index < count; index = next.fetch_add(1)) {
+            job(index);
+            core.count();
+        }
     });
+}
+
+int64_t Cores::ended() const {
+    int64_t sum = 0;
+    for (const auto& core : cores_) sum += core->ended.load(std::memory_order_relaxed);
+    return sum;
 }
 
 int32_t Cores::run(Graph& graph, const Window& window, bool check, const Timeline* timeline) {
@@ -180,6 +189,7 @@ void Cores::run_tasks(Core& core, int32_t number, Graph& graph, const Window& wi
             timeline->cores[at] = number;
         }
         ++core.counters.tasks;
+        core.count();
         for (int32_t next = task.next_begin; next < task.next_end; ++next) {
             const int32_t after = graph.successors_[static_cast<size_t>(next)];
             if (graph.waits_[static_cast<size_t>(after)].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;

@@ -63,11 +63,16 @@ class Cores {
     int threads() const { return static_cast<int>(cores_.size()); }
     const char* isa() const { return kernels_.name; }
     CoreCounters counters(int core) const { return cores_[static_cast<size_t>(core)]->counters; }
+    // Tasks of graphs and jobs of ``each`` that have ended so far. Any thread, at any time: whether work goes on.
+    int64_t ended() const;
 
   private:
     struct alignas(128) Core {
         Scratch scratch;
         CoreCounters counters;
+        std::atomic<int64_t> ended{0};  // written by this core alone
+
+        void count() { ended.store(ended.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); }
     };
 
     void together(const std::function<void(Core&, int32_t)>& job);

@@ -36,6 +36,12 @@ class NativeModel:
         self._segments: dict[int, Segment] = {}
         self._sizes: dict[int, TileSizes] = {}
 
+    @property
+    def ended(self) -> int:
+        """Tasks and packing jobs ended so far; for any thread."""
+        cores = self.cores  # None once closed, by the thread that computes
+        return 0 if cores is None else int(cores.ended)
+
     def has(self, resident: int) -> bool:
         """Whether the weights of that id are packed here."""
         return resident in self._segments

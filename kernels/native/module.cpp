@@ -105,6 +105,7 @@ PYBIND11_MODULE(_native, module) {
         .def(py::init(&make_cores), "threads"_a, "isa"_a)
         .def_property_readonly("threads", &Cores::threads)
         .def_property_readonly("isa", &Cores::isa)
+        .def_property_readonly("ended", &Cores::ended, "Tasks and packing jobs ended so far; any thread may look while another runs a graph.")
         .def("run", &run, "graph"_a, "tokens"_a, "rows"_a, "stores"_a, "check"_a)
         .def("run_timed", &run_timed, "graph"_a, "tokens"_a, "rows"_a, "stores"_a, "check"_a)
         .def("counters", &counters, "(tasks, ns busy) of each core since it was made.")

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from chipbus.actors.chip import ChipActor, ThreadCompute
-from chipbus.actors.messages.launching import AllocTensor, ChipReport, ChipReportRequest, Done, RegisterProgram
+from chipbus.actors.messages.launching import (
+    AllocTensor,
+    ChipReport,
+    ChipReportRequest,
+    Done,
+    FreeTensor,
+    RegisterProgram,
+)
 from chipbus.bus import Ready, SystemClock
 from chipbus.errors import ChipbusError, KernelError
 from chipbus.kernels.chips import Chip
@@ -96,6 +103,36 @@ def test_a_command_that_arrives_before_the_chip_is_known_to_be_open_is_carried_o
     assert answers.errors == []
     assert [type(reply) for reply in answers.replies] == [Done]
     assert [type(message) for message in bus.told] == [Ready]
+
+
+def test_a_chip_is_busy_while_it_has_jobs_and_its_progress_moves_inside_one() -> None:
+    heard, answers = Heard(), Answers()
+    go_on = threading.Event()
+
+    class SlowChip(NullChip):
+        def free(self, resident: int) -> None:
+            self.progress += 1
+            heard.post(lambda: None)
+            go_on.wait(10)
+
+    actor = ChipActor({"device": "null:0", "threads": 1})
+    actor.ctx = DelayedBus(heard)  # type: ignore[assignment]
+    actor.open_chip = SlowChip  # type: ignore[method-assign]
+    assert (actor.is_busy(), actor.progress()) == (False, 0)
+    actor.on_start()
+    heard.wait(1)
+    actor._free(FreeTensor(1), answers)  # type: ignore[arg-type]
+    heard.wait(1)
+    assert (actor.is_busy(), actor.progress()) == (True, 1)
+
+    go_on.set()
+    assert actor._compute is not None
+    actor._compute.close(lambda: None)
+    heard.wait(2)
+    for callback in heard.posted:
+        callback()  # type: ignore[operator]
+
+    assert (actor.is_busy(), actor.progress()) == (False, 2)
 
 
 class NamedChip(ChipActor):

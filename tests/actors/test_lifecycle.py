@@ -33,6 +33,7 @@ from chipbus.actors.lifecycle import (
     ChildFailed,
     ChildLinked,
     ChildReady,
+    ChildStalled,
     Event,
     Kill,
     Phase,
@@ -208,6 +209,26 @@ def test_a_missed_start_deadline_fails_the_first_start_and_costs_a_restart_later
     assert play.tree.children["router"].last_exit == "not ready within 10 s"
     assert play.tree.children["router"].exit == KILLED
     assert len(play.tree.children["router"].deaths_s) == 2
+
+
+def test_a_stalled_child_is_killed_after_its_stack_and_counts_as_a_death_of_its_own() -> None:
+    play = running()
+
+    assert play.feed(ChildStalled("router", 1, "no answer to heartbeats for 10 s")) == [Kill("router", 1, True)]
+    assert play.feed(ChildStalled("router", 1, "no answer to heartbeats for 10 s")) == []
+    assert play.die("router") == [Spawn("router", 2)]
+    assert play.tree.children["router"].last_exit == "no answer to heartbeats for 10 s"
+    assert len(play.tree.children["router"].deaths_s) == 1
+
+
+def test_a_child_that_stalls_before_everything_is_ready_fails_the_start() -> None:
+    play = Play(boot())
+    play.feed(Begin())
+    play.feed(ChildLinked("router", 1))
+
+    actions = play.feed(ChildStalled("router", 1, "no answer to heartbeats for 10 s"))
+
+    assert actions[0] == AnnounceFailure("router", "StartFailed", "router: no answer to heartbeats for 10 s")
 
 
 def test_a_stop_escalates_under_one_shared_deadline_and_ends() -> None:
@@ -418,6 +439,12 @@ class AnyOrder(RuleBasedStateMachine):
         name = self.some(data)
         self.do(ChildCondemned(name, self.alive[name], "its kernel hangs"))
 
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def stall(self, data: st.DataObject) -> None:
+        name = self.some(data)
+        self.do(ChildStalled(name, self.alive[name], "no answer"))
+
     @rule(name=st.sampled_from(NAMES), age=st.integers(1, 3))
     def late_news(self, name: str, age: int) -> None:
         incarnation = self.play.tree.children[name].incarnation - age
@@ -425,6 +452,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.do(ChildDied(name, incarnation, KILLED))
         self.do(ChildReady(name, incarnation))
         self.do(ChildCondemned(name, incarnation, "late"))
+        self.do(ChildStalled(name, incarnation, "late"))
         assert {n: c.incarnation for n, c in before.children.items()} == {
             n: c.incarnation for n, c in self.play.tree.children.items()
         }

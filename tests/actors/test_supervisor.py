@@ -302,6 +302,77 @@ def test_a_stopped_warden_delays_neither_the_news_of_a_death_nor_the_end() -> No
         assert report.left == ()
 
 
+STALL_S = 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("S22")
+@pytest.mark.parametrize("victim", ["tokenizer.0", "router", "replica.0", "chip.0.0"])
+def test_a_stopped_child_is_killed_and_replaced(victim: str) -> None:
+    with Host(*tree_of_four(), stall_timeout_s=STALL_S) as host:
+        host.hear(TreeReady)
+        os.kill(host.record(victim).pid, signal.SIGSTOP)
+
+        again = host.record(victim, incarnation=2)
+
+        assert (again.restarts, again.last_exit) == (1, f"no answer to heartbeats for {STALL_S} s")
+        others = {record.name for record in host.listener.trees[-1] if record.restarts} - {victim}
+        assert others == ({"chip.0.0"} if victim == "replica.0" else set())
+
+
+@pytest.mark.slow
+def test_a_child_that_holds_its_interpreters_lock_is_killed_and_replaced() -> None:
+    with Host(worker("router"), worker("holder", gil=True), stall_timeout_s=STALL_S) as host:
+        host.hear(TreeReady)
+
+        assert host.record("holder", incarnation=2).last_exit == f"no answer to heartbeats for {STALL_S} s"
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("S23")
+def test_a_child_that_is_busy_and_gets_nowhere_is_killed_and_a_slow_one_is_not() -> None:
+    children = (worker("stuck.0", busy="stuck"), worker("slow.0", busy="slow"))
+    with Host(*children, stall_timeout_s=STALL_S) as host:
+        host.hear(TreeReady)
+
+        assert host.record("stuck.0", incarnation=2).last_exit == f"busy without progress for {STALL_S} s"
+        threading.Event().wait(2 * STALL_S)
+        assert host.record("slow.0").restarts == 0
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("S24")
+@pytest.mark.parametrize("paused", ["router", "supervisor"])
+def test_a_short_pause_and_a_pause_of_the_supervisor_itself_kill_nobody(paused: str) -> None:
+    with Host(*tree_of_four(), stall_timeout_s=STALL_S) as host:
+        host.hear(TreeReady)
+        for _ in range(3):
+            pid = host.record(paused).pid
+            os.kill(pid, signal.SIGSTOP)
+            threading.Event().wait(3 * STALL_S if paused == "supervisor" else STALL_S / 2)
+            os.kill(pid, signal.SIGCONT)
+            assert host.statistics().replicas == ()
+            threading.Event().wait(STALL_S / 2)
+
+        assert [record.restarts for record in host.listener.trees[-1]] == [0] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("S25")
+def test_a_stopped_warden_is_replaced_and_its_children_live_on() -> None:
+    with Host(*tree_of_four(), stall_timeout_s=STALL_S) as host:
+        host.hear(TreeReady)
+        before = host.pids()
+        warden = warden_of(host)
+        warden.suspend()
+        eventually(lambda: [w for w in wardens(host) if w != warden] != [], "there is a new warden")
+        assert host.pids() == before
+
+        os.kill(before["router"], signal.SIGKILL)
+
+        assert host.record("router", incarnation=2).last_exit == KILLED
+
+
 @pytest.mark.slow
 def test_statistics_are_those_of_the_replicas_that_answer_in_time() -> None:
     replicas = [worker(f"replica.{i}", kind="replica", mute=i == 1) for i in range(3)]

@@ -162,6 +162,35 @@ def test_a_killed_supervisor_is_engine_dead_not_a_hang() -> None:
             engine.generate([1], SHORT)
 
 
+@pytest.mark.slow
+@pytest.mark.guarantee("S26")
+def test_a_stopped_supervisor_is_killed_and_everything_ends_with_engine_dead() -> None:
+    with Engine("demo", chip="null", stall_timeout_s=1.0) as engine:
+        reader = Reader(engine, [1, 2, 3])
+        os.kill(pid_of(engine, "supervisor"), signal.SIGSTOP)
+
+        assert reader.ended.wait(10)
+        reader.thread.join()
+        assert isinstance(reader.error, errors.EngineDead)
+        assert "supervisor gave no answer to heartbeats for 1 s" in str(reader.error)
+        with pytest.raises(errors.EngineDead):
+            engine.generate([1], SHORT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["tokenizer.0", "router", "replica.0", "chip.0.0"])
+def test_a_stopped_process_costs_a_pause_and_no_token(victim: str) -> None:
+    with Engine("demo", chip="null", stall_timeout_s=1.0) as engine:
+        undisturbed = [t for d in engine.stream([1, 2, 3], LONG) for t in d.outputs[0].token_ids]
+        reader = Reader(engine, [1, 2, 3])
+        os.kill(pid_of(engine, victim), signal.SIGSTOP)
+
+        assert reader.ended.wait(20)
+        reader.thread.join()
+        assert (reader.error, reader.tokens) == (None, undisturbed)
+        assert incarnation_of(engine, victim)[0] == 2
+
+
 @pytest.mark.guarantee("E5")
 def test_a_child_that_keeps_dying_is_given_up_with_a_typed_error() -> None:
     with Engine("demo", chip="null", max_restarts=1) as engine:

@@ -298,6 +298,22 @@ def test_weights_report_progress_and_their_memory(checkpoint: Callable[[str], Pa
     assert chip.resident_bytes == spec.weights_bytes
 
 
+@pytest.mark.guarantee("S28")
+@pytest.mark.parametrize("make", [lambda: CpuChip(2), lambda: CpuChip(1, isa="none"), NullChip])
+def test_progress_changes_with_every_task_that_ends(
+    make: Callable[[], Chip], checkpoint: Callable[[str], Path]
+) -> None:
+    chip = make()
+    model = RunningModel(checkpoint("tied"), chip=chip)
+    loaded = chip.progress
+    completion = chip.launch(decode_dispatch(model))
+
+    assert chip.progress - loaded >= max(1, completion.usage.tasks if completion.usage else 1)
+    assert loaded > 0 or isinstance(chip, NullChip)
+    chip.close()
+    assert chip.progress >= 0
+
+
 @pytest.mark.guarantee("K14")
 def test_weights_of_another_checkpoint_are_refused(checkpoint: Callable[[str], Path]) -> None:
     weights = ModelPrograms.build(ModelSpec.from_directory(checkpoint("tied")), LIMITS).tensors[0]

@@ -200,7 +200,7 @@ def test_no_task_begins_before_those_it_waits_for_have_ended(
         for core in range(threads):  # one task at a time
             mine = np.argsort(begins[where == core], kind="stable")
             assert (ends[where == core][mine][:-1] <= begins[where == core][mine][1:]).all()
-        assert sum(tasks for tasks, _ in cores.counters()) == turn * len(successors)
+        assert sum(tasks for tasks, _ in cores.counters()) == cores.ended == turn * len(successors)
 
 
 @MANY

@@ -188,6 +188,19 @@ def test_close_from_several_threads_at_once_gives_each_the_same_report() -> None
         worker.run(bump, np.zeros(2, np.float32))
 
 
+@pytest.mark.guarantee("S27")
+def test_a_chip_that_is_stuck_in_a_kernel_is_replaced_and_the_log_says_where(capfd: pytest.CaptureFixture[str]) -> None:
+    with (
+        L3Worker(bump, devices=["null:0"], faults={0: [Fault(kind="hang")]}, stall_timeout_s=0.5) as worker,
+        pytest.raises(WorkerLost, match=r"ended with signal 9 \(SIGKILL\), busy without progress for 0\.5 s"),
+    ):
+        worker.run(bump, np.zeros(2, np.float32))
+
+    said = capfd.readouterr().err
+    assert "child.stalled" in said
+    assert "kernels/null.py" in said
+
+
 def test_close_is_refused_on_the_workers_own_threads() -> None:
     refused: list[BaseException] = []
 

@@ -72,6 +72,7 @@ class Worker(Actor):
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+        self.asked = 0
         if config.get("ignores_sigterm"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -96,8 +97,16 @@ class Worker(Actor):
         elif not self.config.get("never_ready"):
             self.ctx.tell("supervisor", Progress("weights", 1, 2, "bytes"))
             self.ctx.tell("supervisor", Ready(0.25, "here"))
-        if self.config.get("gil"):
+        if self.config.get("gil") and self.ctx.incarnation == 1:
             self.ctx.after(0.05, lambda: ctypes.PyDLL(None).sleep(60) and None)
+
+    def progress(self) -> int:
+        """Moves only if it is slow: once for every other question."""
+        self.asked += 1
+        return self.asked // 2 if self.config.get("busy") == "slow" else 0
+
+    def is_busy(self) -> bool:
+        return "busy" in self.config and self.ctx.incarnation == 1
 
     def on_stop(self) -> None:
         self.note("stop")
