@@ -167,7 +167,7 @@ class ChipActor(Actor):
             if error is not None:
                 self.ctx.tell("supervisor", StartError(type(error).__name__, str(error)))
                 return
-            self.ctx.tell("supervisor", Ready(seconds=time.perf_counter() - began, detail=self.config.device))
+            self.ctx.tell_ready("supervisor", Ready(seconds=time.perf_counter() - began, detail=self.config.device))
 
         self._compute.submit(open_it, opened)
 

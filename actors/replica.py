@@ -147,7 +147,7 @@ class ReplicaActor(Actor):
             self._is_reported_ready = True
             seconds = (self.ctx.clock.now_ns() - self._began_ns) / 1e9
             detail = f"{self._lane.committed_bytes / 2**20:.0f} MiB resident"
-            self.ctx.tell(SUPERVISOR, Ready(seconds=seconds, detail=detail))
+            self.ctx.tell_ready(SUPERVISOR, Ready(seconds=seconds, detail=detail))
         self._launch()
 
     # Requests.

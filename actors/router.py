@@ -86,7 +86,7 @@ class RouterActor(Actor):
     def on_peer_up(self, name: str) -> None:
         """A replica came up: it may serve, and requests that waited for one go out."""
         if name == "supervisor":
-            self.ctx.tell("supervisor", Ready(seconds=0.0))
+            self.ctx.tell_ready("supervisor", Ready(seconds=0.0))
         elif name in self._targets:
             self._up.add(self._targets[name])
             for request in [request for request in self._requests.values() if request.target is None]:

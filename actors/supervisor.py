@@ -131,7 +131,7 @@ class SupervisorActor(Actor):
             if peer == HOST:
                 self._tell(name, PeerUp(HOST, 1))
             elif self._is_linked(peer):
-                self._tell(name, PeerUp(peer, self._tree.children[peer].incarnation))
+                self._tell(name, PeerUp(peer, self._life_of(peer)))
         if name == ROUTER:  # it may be new: it has not heard
             for lost in self._lost:
                 self._tell(ROUTER, lost)
@@ -152,18 +152,42 @@ class SupervisorActor(Actor):
         watched = {name: child.incarnation for name, child in self._tree.children.items() if self._is_linked(name)}
         stalls = self._heartbeats.beat(watched, self._now_s())
         for name in watched:
-            self._tell(name, Ping())
+            self._tell(name, self._news_for(name))
         for stall in stalls:
             self.ctx.log.error("child.stalled", child=stall.name, life=stall.incarnation, reason=stall.reason)
             self._feed(ChildStalled(stall.name, stall.incarnation, stall.reason))
         self.ctx.after(self._heartbeats.interval_s, self._beat)
 
+    def _news_for(self, name: str) -> Ping:
+        """What a child should know of its neighbours: whatever of it was lost on the way is made good."""
+        connect = self._tree.children[name].spec.connect
+        up = [(peer, self._life_of(peer)) for peer in connect if peer == HOST or self._is_linked(peer)]
+        ended = []
+        for peer in self._neighbours(name):
+            child = self._tree.children[peer]
+            life = child.incarnation - child.is_alive
+            if life:
+                ended.append((peer, life))
+        return Ping(tuple(up), tuple(ended))
+
+    def _life_of(self, peer: str) -> int:
+        return 1 if peer == HOST else self._tree.children[peer].incarnation
+
+    def _neighbours(self, name: str) -> list[str]:
+        """Children that have, or should have, a link with that one."""
+        connect = self._tree.children[name].spec.connect
+        return [spec.name for spec in self._boot.children if spec.name in connect or name in spec.connect]
+
     @handles(Pong)
     def _pong(self, message: Pong, _: Call | None) -> None:
         child = self._living(self.ctx.sender)
-        if child is not None:  # one that is starting has a deadline for whatever it is busy with
-            is_busy = message.is_busy and child.status is Status.READY
-            self._heartbeats.answered(self.ctx.sender, child.incarnation, message.progress, is_busy=is_busy)
+        if child is None:
+            return
+        if message.ready is not None and child.status is Status.STARTING:
+            self._ready(message.ready, None)
+        # One that is starting has a deadline for whatever it is busy with.
+        is_busy = message.is_busy and child.status is Status.READY
+        self._heartbeats.answered(self.ctx.sender, child.incarnation, message.progress, is_busy=is_busy)
 
     # Messages from children.
 
@@ -255,9 +279,10 @@ class SupervisorActor(Actor):
     def _tell_down(self, child: Child, reason: str) -> None:
         gone = child.spec.name
         self.ctx.peer_down(gone, child.incarnation, reason)
-        neighbours = {*child.spec.connect, *(other.name for other in self._boot.children if gone in other.connect)}
-        for name in sorted(neighbours):
-            if name == HOST or self._tree.children[name].is_linked:
+        if HOST in child.spec.connect:
+            self._tell(HOST, PeerDown(gone, child.incarnation, reason))
+        for name in self._neighbours(gone):
+            if self._tree.children[name].is_linked:
                 self._tell(name, PeerDown(gone, child.incarnation, reason))
 
     # State machine.

@@ -63,7 +63,7 @@ class TokenizerActor(Actor):
     def on_peer_up(self, name: str) -> None:
         """Loading is over when links come up."""
         if name == "supervisor":
-            self.ctx.tell("supervisor", Ready(seconds=self._load_s))
+            self.ctx.tell_ready("supervisor", Ready(seconds=self._load_s))
 
     @handles(Generate)
     def _generate(self, request: Generate, call: Call) -> None:

@@ -13,6 +13,7 @@ from ..errors import ChipbusError
 from .clock import Clock
 from .conversation import Ask
 from .ledger import LedgerWriter
+from .lifecycle import Ready
 from .timers import Timer
 
 __all__ = ["Actor", "Context", "handles"]
@@ -40,6 +41,10 @@ class Context(Protocol):
 
     def tell(self, to: str, message: Any) -> None:
         """Send without an answer. Raises ``PeerGone`` without a link to ``to``, ``MailboxFull`` when its queue is."""
+        ...
+
+    def tell_ready(self, to: str, ready: Ready) -> None:
+        """Tell ``to`` that this actor can serve, now and in every answer to a ``Ping``: should one be lost, no harm."""
         ...
 
     def ask(

@@ -26,6 +26,7 @@ class BoundContext:
         self.log: Any = exchange.log
         self.ledger: LedgerWriter | None = exchange.ledger
         self.tell = exchange.tell
+        self.tell_ready = exchange.lifespan.tell_ready
         self.ask = exchange.ask
         self.call_soon_threadsafe = loop.call_soon_threadsafe
         self.watch = loop.watch

@@ -93,7 +93,13 @@ class Progress:
 @message(0x0108, lane=Lane.HEALTH)
 @attrs.frozen
 class Ping:
-    """Are you alive? As an ask it is replied to, as a tell it is answered by a tell. Answered by the node itself."""
+    """Are you alive? As an ask it is replied to, as a tell it is answered by a tell. Answered by the node itself.
+
+    From the directory it says again what ``PeerUp`` and ``PeerDown`` have said, so that a lost one is made good.
+    """
+
+    up: tuple[tuple[Name, Incarnation], ...] = ()  # the peers to be connected to
+    ended: tuple[tuple[Name, Incarnation], ...] = ()  # of each neighbour, the last life that is over
 
 
 @message(0x0109, lane=Lane.HEALTH)
@@ -103,6 +109,7 @@ class Pong:
 
     progress: int
     is_busy: bool = False
+    ready: Ready | None = None  # what the actor last said of itself by ``Context.tell_ready``, once it has
 
 
 @message(0x010A, lane=Lane.WORK)

@@ -1,6 +1,6 @@
 """What a node does by itself, whatever its actor: follow the directory, answer pings, stop.
 
-Owns: whether the stop began and is held. Thread: the loop of its node.
+Owns: whether the stop began and is held, and what the actor said when it was ready. Thread: the loop of its node.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PeerGone
 from .conversation import STOPPED, Call
-from .lifecycle import PeerDown, PeerUp, Ping, Pong, Stop
+from .lifecycle import PeerDown, PeerUp, Ping, Pong, Ready, Stop
 from .ports import Driver
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Lifespan:
         self._driver = driver
         self._is_stopping = False
         self._is_held = False
+        self._ready: Ready | None = None
 
     def handlers(self) -> dict[type, Callable[[Any, Call | None], None]]:
         """Handlers by message type; an actor cannot replace them."""
@@ -49,6 +50,11 @@ class Lifespan:
         if not self._is_held:
             self.finish()
 
+    def tell_ready(self, to: str, ready: Ready) -> None:
+        """See ``Context.tell_ready``."""
+        self._ready = ready
+        self._exchange.tell(to, ready)
+
     def hold(self) -> None:
         """See ``Context.hold_stop``."""
         self._is_held = True
@@ -69,9 +75,17 @@ class Lifespan:
                 exchange.guard("on_error", None, ask.on_error, gone)
         self._driver.finish()
 
-    def _ping(self, _: Ping, call: Call | None) -> None:
+    def _ping(self, message: Ping, call: Call | None) -> None:
+        peers = self._exchange.peers
+        for name, incarnation in message.ended:
+            link = peers.links.get(name)
+            if link is not None and link.incarnation <= incarnation:
+                peers.down(name, link.incarnation, "it has ended")
+            peers.down(name, incarnation, "it has ended")  # it may not come up later, either
+        for name, incarnation in message.up:
+            peers.connect(name, incarnation)
         actor = self._exchange.actor
-        pong = Pong(actor.progress(), actor.is_busy())
+        pong = Pong(actor.progress(), actor.is_busy(), self._ready)
         if call is not None:
             call.reply(pong)
         else:

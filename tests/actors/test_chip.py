@@ -68,6 +68,8 @@ class DelayedBus:
     def tell(self, _to: str, message: object) -> None:
         self.told.append(message)
 
+    tell_ready = tell
+
 
 class Answers:
     """The reply port of a command."""

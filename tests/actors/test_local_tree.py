@@ -33,7 +33,7 @@ from chipbus.actors.request import RequestState
 from chipbus.actors.sampling import SamplingParams
 from chipbus.actors.supervisor import SupervisorActor
 from chipbus.actors.tree_actor import TreeEvents
-from chipbus.bus import Actor, LocalSystem, Ready, handles, pack_tokens
+from chipbus.bus import Actor, LocalSystem, PeerDown, PeerUp, Ready, handles, pack_tokens
 from chipbus.errors import CheckpointError, ChipbusError
 from chipbus.kernels.null import null_token
 
@@ -57,7 +57,7 @@ class Worker(Actor):
             raise CheckpointError(self.config["refuse"])
         if self.ctx.incarnation in self.config.get("die_in", ()):
             raise ZeroDivisionError("as told")
-        self.ctx.tell(SUPERVISOR, Ready(0.0))
+        self.ctx.tell_ready(SUPERVISOR, Ready(0.0))
 
     def on_stop(self) -> None:
         if self.config.get("holds_stop"):
@@ -98,15 +98,22 @@ class Listener(Worker):
 class Tree:
     """One tree of workers below a real supervisor, with its host, in one process."""
 
+    SUPERVISOR: type[SupervisorActor] = SupervisorActor
+
     def __init__(self, seed: int, *children: ChildSpec, **options: Any) -> None:
         self.system = LocalSystem(seed, directory=False)
         self.diary: list[Note] = []
+        self.workers: dict[str, Worker] = {}
         self.host = Listener(self.diary)
-        self.nursery = LocalNursery(self.system, lambda spec, _: Worker(spec.config, self.diary))
+        self.nursery = LocalNursery(self.system, self._make)
         boot = Boot(run_dir="", host_pid=0, children=children, seed=seed, **options)
         self.system.spawn(HOST, self.host)
-        self.supervisor = SupervisorActor(boot, self.nursery)
+        self.supervisor = self.SUPERVISOR(boot, self.nursery)
         self.system.spawn(SUPERVISOR, self.supervisor)
+
+    def _make(self, spec: ChildSpec, _: int) -> Worker:
+        self.workers[spec.name] = Worker(spec.config, self.diary)
+        return self.workers[spec.name]
 
     def hear(self, kind: type) -> Any:
         self.system.run_until(lambda: any(isinstance(message, kind) for message in self.host.heard))
@@ -191,6 +198,43 @@ def test_in_one_process_too_the_restart_limit_holds_and_a_stop_is_answered_with_
     ]
     assert report.left == ()
     assert report.seconds <= 5
+
+
+class Forgetful(SupervisorActor):
+    """Half of what it says about peers, and of what it is told when a child is ready, is lost."""
+
+    def _tell(self, name: str, message: object) -> None:
+        if not isinstance(message, PeerUp | PeerDown) or self.ctx.random.random() < 0.5:
+            super()._tell(name, message)
+
+    @handles(Ready)
+    def _half_ready(self, message: Ready, call: Any) -> None:
+        if self.ctx.random.random() < 0.5:
+            self._ready(message, call)
+
+
+class ForgetfulTree(Tree):
+    SUPERVISOR = Forgetful
+
+
+@pytest.mark.guarantee("S29")
+@settings(max_examples=40)
+@given(SEEDS, st.sampled_from(["tokenizer.0", "router", "replica.0", "chip.0.0"]))
+def test_what_is_lost_of_the_directory_and_of_ready_is_made_good_by_a_heartbeat(seed: int, victim: str) -> None:
+    tree = ForgetfulTree(seed, *tree_of_four(), stall_timeout_s=4.0)
+    assert tree.hear(TreeReady).seconds < 1.1 + 0.1
+    before = {name: tree.wait_for(name).incarnation for name in tree.workers}
+    tree.nursery.kill(victim)
+    tree.wait_for(victim, incarnation=before[victim] + 1)
+
+    def is_whole() -> bool:
+        lives = {name: tree.host.tree[name].incarnation for name in tree.workers} | {HOST: 1}
+        pairs = [(spec.name, peer) for spec in tree_of_four() for peer in spec.connect]
+        seen = {**{name: worker.ctx.peers() for name, worker in tree.workers.items()}, HOST: tree.host.ctx.peers()}
+        is_linked = all(seen[a].get(b) == lives[b] and seen[b].get(a) == lives[a] for a, b in pairs)
+        return is_linked and all(record.state == "ready" for record in tree.host.tree.values())
+
+    tree.system.run_until(is_whole, limit_s=2.2)  # two beats: one for the link, one for the word that it is ready
 
 
 @pytest.mark.parametrize("seed", range(5))
