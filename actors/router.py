@@ -20,7 +20,7 @@ import msgspec
 from ..bus import Actor, Ask, Call, Ready, handles
 from ..errors import Aborted, BadFrame, ChipbusError, ConfigError, Overloaded, PeerGone, RestartLimit, WorkerDied
 from .attempts import Attempts
-from .messages.routing import Routed
+from .messages.routing import Routed, Withheld, Withhold
 from .messages.serving import Submit, TokenDelta, TokensDone
 from .messages.tree import GroupLost
 from .router_policy import LoadLedger, Target
@@ -81,6 +81,7 @@ class RouterActor(Actor):
         self._load = LoadLedger(tuple(self._targets.values()))
         self._up: set[Target] = set()
         self._lost: dict[Target, str] = {}  # replicas that stay down, and why
+        self._withheld: dict[Target, Call] = {}  # replicas that get nothing new until their next life
         self._requests: dict[str, _Request] = {}  # in order of arrival
 
     def on_peer_up(self, name: str) -> None:
@@ -89,6 +90,7 @@ class RouterActor(Actor):
             self.ctx.tell_ready("supervisor", Ready(seconds=0.0))
         elif name in self._targets:
             self._up.add(self._targets[name])
+            self._withheld.pop(self._targets[name], None)
             for request in [request for request in self._requests.values() if request.target is None]:
                 self._send(request)
 
@@ -128,6 +130,28 @@ class RouterActor(Actor):
             for request in list(self._requests.values()):
                 self._fail(request, self._nobody())
 
+    @handles(Withhold)
+    def _withhold(self, message: Withhold, call: Call | None) -> None:
+        """A replica is to end, when its requests have ended or their time is over."""
+        target = self._targets.get(message.replica)
+        if call is None:
+            return
+        if target is None or self.ctx.peers().get(message.replica) != message.incarnation:
+            call.reply(Withheld())  # that life has ended by itself
+            return
+        self._withheld[target] = call
+        self._tell_withheld(target)
+
+    def _tell_withheld(self, target: Target | None) -> None:
+        """Answer if nothing is there any more."""
+        call = self._withheld.get(target) if target is not None else None
+        if (
+            call is not None
+            and call.is_open
+            and not any(request.target == target for request in self._requests.values())
+        ):
+            call.reply(Withheld())
+
     def load(self) -> dict[str, int]:
         """Pending tokens by replica."""
         return {name: self._load.load(target) for name, target in self._targets.items()}
@@ -144,7 +168,8 @@ class RouterActor(Actor):
 
     def _eligible(self) -> set[Target]:
         linked = self.ctx.peers()  # without one that is just going, whose asks fail before ``on_peer_down``
-        return {target for target in self._up.intersection(self._serving()) if target.name in linked}
+        serving = self._up.intersection(self._serving()).difference(self._withheld)
+        return {target for target in serving if target.name in linked}
 
     def _refusal(self, submit: Submit) -> ChipbusError | None:
         """Why a request cannot even wait; None if it can be taken. One that was admitted before always may wait."""
@@ -275,5 +300,6 @@ class RouterActor(Actor):
     def _release(self, request: _Request) -> None:
         """It is at no replica any more."""
         if request.target is not None:
-            request.target = None
+            target, request.target = request.target, None
             self._load.release(request.key)
+            self._tell_withheld(target)

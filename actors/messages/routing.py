@@ -1,4 +1,4 @@
-"""What the router adds to the conversation a request is served in."""
+"""What the router adds to the conversation a request is served in, and what it is told about replicas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import attrs
 
 from ...bus import Lane, message
 
-__all__ = ["Routed"]
+__all__ = ["Routed", "Withheld", "Withhold"]
 
 
 @message(0x0208, lane=Lane.WORK)
@@ -16,3 +16,22 @@ class Routed:
 
     replica: int
     dp_rank: int
+
+
+@message(0x0209, lane=Lane.CHILD)
+@attrs.frozen(kw_only=True)
+class Withhold:
+    """Supervisor asks router: send nothing new to this life of a replica core, which is to end.
+
+    Reply: ``Withheld``, when nothing is there any more; at the deadline what is there goes to another replica, and the
+    ask ends with ``DeadlineExceeded``.
+    """
+
+    replica: str  # its node name
+    incarnation: int
+
+
+@message(0x020A, lane=Lane.CHILD)
+@attrs.frozen
+class Withheld:
+    """The router's reply: no request is at that replica."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_actors import Answer, Asker, ScriptedReplica, Supervisor, counting, pass_time
 
-from chipbus.actors.messages.routing import Routed
+from chipbus.actors.messages.routing import Routed, Withheld, Withhold
 from chipbus.actors.messages.serving import Submit
 from chipbus.actors.messages.tree import GroupLost
 from chipbus.actors.router import RouterActor
@@ -443,3 +443,33 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens_and_the_lo
                 answer.error
             )
     assert not house.router.ctx.counters().get("handler_failures")
+
+
+@pytest.mark.guarantee("R27")
+def test_a_replica_that_is_withheld_ends_what_it_has_and_gets_nothing_new():
+    house = House(replicas=2, pause_s=10.0)
+    house.start_replicas()
+    old = [submit(house, max_tokens=20) for _ in range(4)]
+    house.run(lambda: all(len(answer.items) > 1 for answer in old))
+    heard = []
+    house.supervisor.ctx.ask(
+        "router",
+        Withhold(replica="replica.0", incarnation=1),
+        timeout_s=1e5,
+        on_reply=heard.append,
+        on_error=heard.append,
+    )
+    pass_time(house.system, 0.001)
+    new = [submit(house, max_tokens=2) for _ in range(4)]
+    house.run(lambda: heard != [])
+    assert heard == [Withheld()]
+    assert all(answer.is_over for answer in old if answer.items[0].replica == 0)
+    house.finish()
+    assert {answer.reply.replica for answer in new} == {1}
+    assert {answer.reply.replica for answer in old} == {0, 1}
+    house.kill("replica.0")
+    house.start_replica("replica.0")
+    after = [submit(house) for _ in range(4)]
+    house.finish()
+    assert {answer.reply.replica for answer in after} == {0, 1}
+    house.settle()
