@@ -13,18 +13,24 @@ import msgspec
 
 from ..errors import ConfigError
 
-__all__ = ["HOST", "SUPERVISOR", "Boot", "ChildSpec"]
+__all__ = ["HOST", "ONE_FOR_ALL", "ONE_FOR_ONE", "REST_FOR_ONE", "STRATEGIES", "SUPERVISOR", "Boot", "ChildSpec"]
 
 HOST = "host"
 SUPERVISOR = "supervisor"
+
+ONE_FOR_ONE = "one_for_one"
+REST_FOR_ONE = "rest_for_one"
+ONE_FOR_ALL = "one_for_all"
+STRATEGIES = (ONE_FOR_ONE, REST_FOR_ONE, ONE_FOR_ALL)
+"""Who is restarted with a member of a group that died: nobody, those after it in the boot file, or all others."""
 
 
 @attrs.frozen(kw_only=True)
 class ChildSpec:
     """One child the supervisor keeps alive.
 
-    In group ``""`` each child stands alone (one_for_one). Any other group is one unit in the order of its members: a
-    member's death also restarts those after it (rest_for_one), and it is given up as a whole.
+    In group ``""`` each child stands alone. Any other group restarts its members by its strategy
+    (``Boot.strategies``), in the order of the boot file, and is given up as a whole.
     """
 
     name: str  # of its node on the bus
@@ -44,6 +50,7 @@ class Boot:
     run_dir: str
     host_pid: int
     children: tuple[ChildSpec, ...]
+    strategies: dict[str, str] = attrs.field(factory=dict)  # by group, of STRATEGIES; rest_for_one if it names none
     max_restarts: int = 5  # of one child within window_s; one more and its group is given up
     window_s: float = 30.0
     stall_timeout_s: float = 10.0  # without an answer, or busy without progress, until a process is replaced
@@ -64,6 +71,12 @@ class Boot:
             for other in spec.connect:
                 if other != HOST and other not in names:
                     raise ConfigError(f"{spec.name} connects to {other!r}, which is no child and not the host")
+        groups = {spec.group for spec in self.children} - {""}
+        for group, strategy in self.strategies.items():
+            if group not in groups:
+                raise ConfigError(f"a strategy is given for group {group!r}, which has no members")
+            if strategy not in STRATEGIES:
+                raise ConfigError(f"group {group} has strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
 
     def write(self) -> Path:
         """Write the boot file into the run directory; its path. Raises ``OSError``."""
@@ -88,6 +101,10 @@ class Boot:
             raise ConfigError(f"{path} is no boot file: {error}") from error
         boot.check()
         return boot
+
+    def strategy(self, group: str) -> str:
+        """How the members of a group are restarted."""
+        return self.strategies.get(group, REST_FOR_ONE) if group else ONE_FOR_ONE
 
     def spec(self, name: str) -> ChildSpec | None:
         """The child of that name."""

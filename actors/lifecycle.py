@@ -11,12 +11,13 @@ supervisor does it. No process, socket or clock in here, so every order of event
 from __future__ import annotations
 
 import enum
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 
-from .boot import SUPERVISOR, Boot, ChildSpec
+from .boot import ONE_FOR_ALL, ONE_FOR_ONE, SUPERVISOR, Boot, ChildSpec
 from .messages.tree import ChildEnd, ChildRecord
 
 __all__ = [
@@ -57,6 +58,10 @@ NEVER_STARTED = "never started"
 
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 5.0
+_BACKOFF_JITTER = (
+    0.2  # so much of it is left to chance, so that children that died together do not all come back at once
+)
+_USEFUL_S = 1.0  # a life that was ready for so long was of use: the next one starts at once again
 _GROUP_STOP_S = 2.0  # for a chip worker whose replica core died, or a child that missed its start deadline
 _SHORTEST_STOP_S = 0.1  # even SIGKILL takes the kernel a moment
 _POLITE_SHARE = 0.6  # of a stop's budget; then SIGTERM
@@ -133,6 +138,8 @@ class Child:
     is_linked: bool = False  # its node has said hello, so it can be asked to stop
     restarts: int = 0
     deaths_s: tuple[float, ...] = ()  # within the window
+    failures: int = 0  # deaths in a row of lives that were of no use
+    ready_s: float | None = None  # since when its latest process has been ready
     wake_s: float | None = None  # STARTING: the start deadline. BACKOFF: when to start again
     stop: Stop | None = None
     measure: Measure = Measure.NONE
@@ -151,6 +158,8 @@ class Tree:
     max_restarts: int
     window_s: float
     close_timeout_s: float
+    seed: int  # of the chance in a wait before a restart
+    strategies: Mapping[str, str]  # by group, all of them
     children: Mapping[str, Child]
     phase: Phase = Phase.NEW
     began_s: float = 0.0
@@ -163,6 +172,8 @@ def plant(boot: Boot) -> Tree:
         max_restarts=boot.max_restarts,
         window_s=boot.window_s,
         close_timeout_s=boot.close_timeout_s,
+        seed=boot.seed,
+        strategies={spec.group: boot.strategy(spec.group) for spec in boot.children},
         children={spec.name: Child(spec=spec) for spec in boot.children},
     )
 
@@ -355,7 +366,7 @@ def _wakes(tree: Tree) -> Iterator[float]:
     for child in tree.children.values():
         if child.status is Status.STARTING and child.wake_s is not None:
             yield child.wake_s
-        elif (again_s := _spawn_again_s(tree.children, child)) is not None:
+        elif (again_s := _spawn_again_s(tree, tree.children, child)) is not None:
             yield again_s
         elif child.status is Status.STOPPING and child.stop is not None:
             if child.measure < Measure.TERMINATE:
@@ -394,7 +405,7 @@ class _Turn:
         child = self._current(name, incarnation)
         if child is None or child.status is not Status.STARTING:
             return
-        self._set(name, status=Status.READY, wake_s=None)
+        self._set(name, status=Status.READY, wake_s=None, ready_s=self._now_s)
         is_all = all(other.status is Status.READY for other in self._children.values())
         if self._tree.phase is Phase.STARTING and is_all:
             self._set_tree(phase=Phase.RUNNING)
@@ -503,7 +514,7 @@ class _Turn:
 
     def _leave_backoff(self, name: str) -> None:
         child = self._children[name]
-        wake_s = _spawn_again_s(self._children, child)
+        wake_s = _spawn_again_s(self._tree, self._children, child)
         if wake_s is not None and self._now_s >= wake_s:
             self._set(name, restarts=child.restarts + 1)
             self._spawn(name)
@@ -518,7 +529,7 @@ class _Turn:
         child = self._children[name]
         self._set(
             name, status=Status.STARTING, incarnation=child.incarnation + 1, is_alive=True, is_linked=False, stop=None,
-            measure=Measure.NONE, is_to_restart=False, counts_as_death=False, reason="", ended_s=None,
+            measure=Measure.NONE, is_to_restart=False, counts_as_death=False, reason="", ended_s=None, ready_s=None,
             wake_s=self._now_s + child.spec.start_timeout_s,
         )  # fmt: skip
         self._actions.append(Spawn(name, child.incarnation + 1))
@@ -556,7 +567,9 @@ class _Turn:
         child = self._children[name]
         window_began_s = self._now_s - self._tree.window_s
         deaths_s = (*(at_s for at_s in child.deaths_s if at_s > window_began_s), self._now_s)
-        self._set(name, deaths_s=deaths_s)
+        was_of_use = child.ready_s is not None and self._now_s - child.ready_s >= _USEFUL_S
+        failures = 1 if was_of_use else child.failures + 1
+        self._set(name, deaths_s=deaths_s, failures=failures)
         if len(deaths_s) > self._tree.max_restarts:
             self._set(name, status=Status.GONE)
             self._give_up(
@@ -565,12 +578,23 @@ class _Turn:
                 f" allowed; the last time with {child.last_exit}",
             )
             return
-        self._set(name, status=Status.BACKOFF, wake_s=self._now_s + _backoff_s(len(deaths_s)))
-        members = _group(self._children, child)
+        wait_s = _backoff_s(failures, f"{self._tree.seed}/{name}/{child.incarnation}")
+        self._set(name, status=Status.BACKOFF, wake_s=self._now_s + wait_s)
         stop = Stop(self._now_s, self._now_s + _GROUP_STOP_S)
-        for other in members[members.index(name) + 1 :]:
+        for other in self._restarted_with(name):
             if self._children[other].status in (Status.STARTING, Status.READY):
                 self._stop(other, stop, is_to_restart=True)
+
+    def _restarted_with(self, name: str) -> list[str]:
+        """The other members of its group that do not outlive a member's death."""
+        child = self._children[name]
+        members = _group(self._children, child)
+        strategy = self._tree.strategies[child.spec.group]
+        if strategy == ONE_FOR_ONE:
+            return []
+        if strategy == ONE_FOR_ALL:
+            return [other for other in members if other != name]
+        return members[members.index(name) + 1 :]
 
     def _give_up(self, name: str, text: str) -> None:
         """Take the whole group down for good."""
@@ -596,22 +620,28 @@ def _group(children: Mapping[str, Child], child: Child) -> list[str]:
     return [name for name, other in children.items() if other.spec.group == group] if group else [child.spec.name]
 
 
-def _spawn_again_s(children: Mapping[str, Child], child: Child) -> float | None:
+def _spawn_again_s(tree: Tree, children: Mapping[str, Child], child: Child) -> float | None:
     """When a child in BACKOFF may start again; None while it must wait for other members of its group."""
     if child.status is not Status.BACKOFF:
         return None
+    strategy = tree.strategies[child.spec.group]
+    if strategy == ONE_FOR_ONE:
+        return child.wake_s
     members = _group(children, child)
-    earlier = members[: members.index(child.spec.name)]
     if any(children[name].status is Status.STOPPING for name in members):
         return None
-    if any(children[name].status is Status.BACKOFF for name in earlier):
-        return None
-    return child.wake_s
+    waiting = [name for name in members if children[name].status is Status.BACKOFF]
+    if strategy == ONE_FOR_ALL:  # all together, when the last of them may
+        return max(children[name].wake_s or 0.0 for name in waiting)
+    return child.wake_s if waiting[0] == child.spec.name else None
 
 
-def _backoff_s(num_deaths: int) -> float:
-    """Wait before the restart after the n-th death within the window: 0, 50 ms, 100 ms, … at most 5 s."""
-    return 0.0 if num_deaths <= 1 else min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2 ** (num_deaths - 2))
+def _backoff_s(failures: int, seed: str) -> float:
+    """Wait before the restart after the n-th useless life in a row: 0, 50 ms, 100 ms, … 5 s, less a fifth at most."""
+    if failures <= 1:
+        return 0.0
+    longest_s = min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 30))
+    return longest_s * random.Random(seed).uniform(1 - _BACKOFF_JITTER, 1)  # noqa: S311 (not for secrets: it must repeat)
 
 
 # Views.

@@ -17,7 +17,7 @@ from ..kernels.memory import available_bytes, check_memory, default_kv_pages, re
 from ..kernels.qwen3.model import ModelSpec
 from ..kernels.qwen3.step import Limits
 from ..topology import ChipPlace, ReplicaPlace, Topology
-from .boot import Boot, ChildSpec
+from .boot import REST_FOR_ONE, Boot, ChildSpec
 from .config import EngineConfig
 
 __all__ = ["DEMO_MODEL", "EnginePlan", "model_directory", "plan_engine"]
@@ -142,6 +142,8 @@ class EnginePlan:
             run_dir=str(run_dir),
             host_pid=os.getpid(),
             children=self.children(),
+            # A chip keeps nothing a new core could use; a core can have a new chip compute everything again.
+            strategies={place.name: REST_FOR_ONE for place in self.topology.replicas},
             max_restarts=self.config.max_restarts,
             stall_timeout_s=self.config.stall_timeout_s,
             close_timeout_s=self.config.close_timeout_s,

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chipbus.actors.boot import Boot, ChildSpec
+from chipbus.actors.boot import ONE_FOR_ALL, ONE_FOR_ONE, STRATEGIES, Boot, ChildSpec
 from chipbus.actors.lifecycle import (
     NEVER_STARTED,
     Action,
@@ -60,7 +60,15 @@ CHILDREN = (
     ChildSpec(name="chip.0.1", kind="chip", group="replica.0", connect=("replica.0",), start_timeout_s=10),
 )
 NAMES = tuple(spec.name for spec in CHILDREN)
+GROUP = NAMES[2:]
 KILLED = "signal 9 (SIGKILL)"
+
+
+def dependants(strategy: str, position: int) -> tuple[str, ...]:
+    """Of the group's members, those that may not run while the one at ``position`` does not."""
+    if strategy == ONE_FOR_ONE:
+        return ()
+    return GROUP[position + 1 :] if strategy != ONE_FOR_ALL else GROUP[:position] + GROUP[position + 1 :]
 
 
 def boot(**changes: object) -> Boot:
@@ -137,19 +145,51 @@ def test_a_dead_chip_leaves_its_replica_core_alone() -> None:
     assert play.status("replica.0") is play.status("chip.0.0") is Status.READY
 
 
-def test_the_waits_before_restarts_grow_and_shrink_again_when_the_deaths_are_long_ago() -> None:
-    play = running(max_restarts=9)
-    waits = []
-    for _ in range(5):
-        play.die("router")
-        died_s, wake_s = play.now_s, next_wake_s(play.tree)
-        waits.append(0.0 if play.status("router") is Status.STARTING else round((wake_s or 0) - died_s, 3))
-        play.feed(Tick(), at_s=died_s + waits[-1])
-        play.come_up("router")
+def test_in_one_for_all_every_member_restarts_with_any_and_all_start_together() -> None:
+    play = running(strategies={"replica.0": ONE_FOR_ALL})
 
-    assert waits == [0.0, 0.05, 0.1, 0.2, 0.4]
-    play.now_s += 31
-    assert play.die("router") == [Spawn("router", 7)]
+    assert [type(a) for a in play.die("chip.0.0")] == [AskStop, AskStop]
+    assert play.die("chip.0.1", "exit code 0") == []
+    assert play.die("replica.0", "exit code 0") == [Spawn("replica.0", 2), Spawn("chip.0.0", 2), Spawn("chip.0.1", 2)]
+
+    play.die("chip.0.0")  # of no use: this one waits, and all with it
+    play.die("chip.0.1", "exit code 0")
+    play.die("replica.0", "exit code 0")
+    assert [play.status(name) for name in NAMES[2:]] == [Status.BACKOFF] * 3
+    assert play.feed(Tick(), at_s=play.now_s + 0.05) == [Spawn(name, 3) for name in NAMES[2:]]
+    assert play.status("router") is Status.READY
+
+
+def test_in_one_for_one_nobody_restarts_with_another_but_the_group_is_given_up_as_one() -> None:
+    play = running(strategies={"replica.0": ONE_FOR_ONE}, max_restarts=1)
+
+    assert play.die("replica.0") == [Spawn("replica.0", 2)]
+    assert [type(a) for a in play.die("replica.0")] == [AnnounceLost, AskStop, AskStop]
+
+
+@pytest.mark.guarantee("S30")
+def test_the_waits_before_restarts_grow_until_a_life_was_of_use() -> None:
+    def waits(seed: int) -> list[float]:
+        play = running(max_restarts=99, window_s=1e6, seed=seed)
+        found = []
+        for _ in range(10):
+            play.die("router")
+            died_s, wake_s = play.now_s, next_wake_s(play.tree)
+            found.append(0.0 if play.status("router") is Status.STARTING else (wake_s or 0) - died_s)
+            play.feed(Tick(), at_s=died_s + found[-1])
+            play.come_up("router")
+            play.now_s += 0.9
+        play.now_s += 0.1
+        assert play.die("router") == [Spawn("router", 12)]
+        assert play.status("router") is Status.STARTING
+        play.die("router")
+        assert play.status("router") is Status.BACKOFF
+        return found
+
+    longest = [0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    assert all(0.8 * most <= wait <= most for wait, most in zip(waits(0), longest, strict=True))
+    assert waits(0) == waits(0)
+    assert waits(0) != waits(1)
 
 
 def test_one_death_too_many_gives_up_the_group_and_only_the_group() -> None:
@@ -361,6 +401,19 @@ def test_a_tree_that_cannot_be_is_refused_with_the_rule(children: tuple[ChildSpe
         boot(children=children).check()
 
 
+@pytest.mark.parametrize(
+    ("strategies", "sentence"),
+    [
+        ({"replica.1": ONE_FOR_ALL}, "group 'replica.1', which has no members"),
+        ({"": ONE_FOR_ALL}, "group '', which has no members"),
+        ({"replica.0": "all"}, "group replica.0 has strategy 'all'; known: one_for_one, rest_for_one, one_for_all"),
+    ],
+)
+def test_a_strategy_that_cannot_be_is_refused_with_the_rule(strategies: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        boot(strategies=strategies).check()
+
+
 def test_a_damaged_boot_file_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "boot.json"
     path.write_text('{"run_dir": 5}')
@@ -376,15 +429,19 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.play = Play(boot(max_restarts=self.MAX_RESTARTS, window_s=30, close_timeout_s=3))
+        self.play = Play(boot())
+        self.strategy = ""
         self.alive: dict[str, int] = {}  # the world's processes
         self.own_deaths: dict[str, list[float]] = {name: [] for name in NAMES}
         self.lost: set[str] = set()
         self.stopped_at_s: float | None = None
         self.announced: Counter[str] = Counter()
 
-    @initialize(is_up=st.booleans())
-    def begin(self, is_up: bool) -> None:
+    @initialize(is_up=st.booleans(), strategy=st.sampled_from(STRATEGIES))
+    def begin(self, is_up: bool, strategy: str) -> None:
+        limits = {"max_restarts": self.MAX_RESTARTS, "window_s": 30, "close_timeout_s": 3}
+        self.strategy = strategy
+        self.play = Play(boot(strategies={"replica.0": strategy}, **limits))
         self.do(Begin())
         for name, incarnation in list(self.alive.items()) if is_up else ():
             self.do(ChildLinked(name, incarnation))
@@ -486,6 +543,19 @@ class AnyOrder(RuleBasedStateMachine):
             if len(recent) > self.MAX_RESTARTS:
                 assert name in self.lost or self.stopped_at_s is not None
             assert child.incarnation <= 1 + child.restarts
+
+    @invariant()
+    def nobody_starts_beside_what_it_must_be_restarted_with(self) -> None:
+        """A member that was started again is never older than one it depends on, unless that one is going, too."""
+        if self.stopped_at_s is not None or self.lost & set(GROUP):
+            return
+        for position, name in enumerate(GROUP):
+            if self.play.status(name) not in (Status.BACKOFF, Status.STOPPING):
+                continue
+            for other in dependants(self.strategy, position):
+                child = self.play.tree.children[other]
+                is_own_fault = self.play.tree.children[name].counts_as_death  # it is being killed, not dead yet
+                assert is_own_fault or child.status not in (Status.STARTING, Status.READY), (name, other)
 
     @invariant()
     def announcements_come_once(self) -> None:
