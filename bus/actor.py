@@ -40,7 +40,10 @@ class Context(Protocol):
         ...
 
     def tell(self, to: str, message: Any) -> None:
-        """Send without an answer. Raises ``PeerGone`` without a link to ``to``, ``MailboxFull`` when its queue is."""
+        """Send without an answer. Raises ``PeerGone`` without a link to ``to``, ``MailboxFull`` without credit for it.
+
+        Credit is for work alone: ``to`` has not taken the 4096 messages, or 8 MiB, that it was sent before.
+        """
         ...
 
     def tell_ready(self, to: str, ready: Ready) -> None:
@@ -62,8 +65,10 @@ class Context(Protocol):
         """Send and be answered: any number of ``on_item``, then exactly one ``on_reply`` or ``on_error``.
 
         No callback runs before this returns, none after ``Ask.cancel()``. Errors: the callee's own, ``PeerGone`` (no
-        link, or the peer ended), ``DeadlineExceeded`` after ``timeout_s``, ``Overloaded`` (a queue on the way is full),
-        ``BadFrame`` (an answer that is no message, or a stream with a gap). ``trace_id``: 16 bytes; drawn if not given.
+        link, the peer ended, or the ask or its answer was lost), ``DeadlineExceeded`` after ``timeout_s``,
+        ``Overloaded`` (a queue on the way is full, or we take items too slowly), ``BadFrame`` (an answer that is no
+        message, or a stream with a gap). Without credit for more work the ask waits for it inside its deadline.
+        ``trace_id``: 16 bytes; drawn if not given.
         ``wait_for_link``: with no link to ``to``, wait for one inside the deadline: it is being started, or restarted.
         """
         ...

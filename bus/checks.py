@@ -1,4 +1,4 @@
-"""Finding what was lost: an ask of which nothing has been heard for a while is asked after.
+"""Credits told, and finding what was lost: an ask of which nothing has been heard for a while is asked after.
 
 A CHECK follows the ask on its own socket, so it arrives behind it. The callee's exchange answers by itself, behind all
 that it has sent. What the answer should have been behind of and is not there is lost. A lost CHECK is sent again.
@@ -48,12 +48,12 @@ class Checks:
             return
         is_needed = False
         for link in exchange.peers.links.values():
-            sent = link.sent
-            is_quiet = link.quiet.tick(sent.count)
-            is_needed = is_needed or bool(link.asks) or sent.count > sent.returned
+            is_quiet = link.quiet.tick(link.work_sent)
+            is_owed = link.work_sent > link.work_returned
+            is_needed = is_needed or is_owed or bool(link.asks)
             if link.port is None:
                 continue  # nothing has left yet
-            if is_quiet and sent.count > sent.returned:
+            if is_quiet and is_owed:
                 self._ask_after_work(link)
             for ask in link.asks.values():
                 if ask.is_sent and self._quiet_of(ask).tick(ask.next_item):
@@ -72,14 +72,13 @@ class Checks:
 
     def _ask_after_work(self, link: Link) -> None:
         """Have what was taken and not yet returned, or lost, returned: a peer returns by itself only large portions."""
-        self._send(link, CHECK, WORK, 0, NO_TRACE, link.sent.count, OUT_BOUND)
+        self._send(link, CHECK, WORK, 0, NO_TRACE, link.work_sent, OUT_BOUND)
 
     def accept(self, link: Link, envelope: Envelope) -> None:
         """A CHECK arrived."""
         correlation, position = envelope.correlation, envelope.position
         if not correlation:
-            link.taken.settle(position)
-            self._send(link, CREDIT, WORK, 0, NO_TRACE, link.taken.tell(), ANSWER_BOUND, control=True)
+            self.return_work(link, position)
             return
         link.cancelled.discard(correlation)  # its ask did not arrive before this, so it never will
         call = link.calls.get(correlation)
@@ -87,6 +86,23 @@ class Checks:
             call.credit(position)
         sent = UNKNOWN if call is None or not call.is_open else call.next_item
         self._send(link, CHECKED, envelope.lane, correlation, envelope.trace_id, sent, ANSWER_BOUND)
+
+    def return_work(self, link: Link, arrived: int) -> None:
+        """Tell a peer how much of its work has been taken, or is lost, up to what ``arrived`` last."""
+        waits_from = self._exchange.mailbox.work_before(link)
+        self.tell_taken(link, arrived if waits_from is None else waits_from)
+
+    def tell_taken(self, link: Link, taken: int) -> None:
+        """Tell a peer that ``taken`` of its work has been taken, ever. If it is not told, it asks when it needs it."""
+        if link is self._exchange.peers.links.get(link.peer):
+            link.work_told = taken
+            self._send(link, CREDIT, WORK, 0, NO_TRACE, taken, ANSWER_BOUND, control=True)
+
+    def credit_items(self, link: Link, ask: Ask) -> None:
+        """Tell a callee how many items of its stream have been taken, if the ask is still open."""
+        if ask.is_open:
+            ask.credited = taken = ask.next_item
+            self._send(link, CREDIT, ask.lane, ask.correlation, ask.trace_id, taken, ANSWER_BOUND, control=True)
 
     def conclude(self, link: Link, envelope: Envelope) -> None:
         """A CHECKED was taken out of the mailbox, after all answers that it was sent behind."""

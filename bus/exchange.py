@@ -18,7 +18,7 @@ from .actor import Actor
 from .checks import Checks
 from .clock import NS_PER_S, Clock
 from .conversation import BROKEN, CANCEL_REASONS, CANCELLED, EXPIRED, STREAM_WINDOW, Ask, Call
-from .credits import WORK_CREDIT, WORK_CREDIT_BYTES
+from .credits import WORK_CREDIT, WORK_CREDIT_BYTES, cost_of
 from .envelope import (
     ASK,
     CANCEL,
@@ -26,7 +26,6 @@ from .envelope import (
     CHECKED,
     CREDIT,
     ERROR,
-    HEADER_BYTES,
     NO_TRACE,
     REPLY,
     STREAM,
@@ -55,6 +54,7 @@ from .timers import TimerQueue
 __all__ = ["Exchange"]
 
 LONGEST_TIMEOUT_S = 1e9  # 31 years, so that a deadline fits into its field
+HALF_CREDIT = WORK_CREDIT_BYTES // 2
 EXIT_SOFTWARE = 70  # sysexits.h: internal software error
 
 
@@ -102,20 +102,19 @@ class Exchange:
         link = self._link_to(to)
         row = type_of(message)
         body = self._codec.encode(message)
-        sent = link.sent
         if row.lane != WORK:
             link.sequence += 1
             self.send(link, TELL, row.type_id, row.lane, link.sequence, 0, NO_TRACE, 0, body, OUT_BOUND)
-        elif sent.is_open:
+        elif link.work_sent < link.work_limit:
             link.sequence += 1
-            self.send(link, TELL, row.type_id, WORK, link.sequence, 0, NO_TRACE, sent.count + 1, body, OUT_BOUND)
-            sent.add(HEADER_BYTES + len(body))
+            total = link.work_sent + cost_of(len(body))
+            self.send(link, TELL, row.type_id, WORK, link.sequence, 0, NO_TRACE, total, body, OUT_BOUND)
+            link.work_sent = total
             if self.checks.timer is None:
                 self.checks.begin()
         else:
-            under_way = f"{sent.count - sent.returned} messages ({sent.waiting_bytes} bytes)"
-            bounds = f"at most {WORK_CREDIT} ({WORK_CREDIT_BYTES} bytes) may wait"
-            raise MailboxFull(f"{to} has not taken {under_way} of work that it was sent; {bounds}")
+            bounds = f"{WORK_CREDIT} messages or {WORK_CREDIT_BYTES} bytes"
+            raise MailboxFull(f"{to} has not taken the work that it was sent; at most {bounds} of it may wait")
 
     def ask(
         self,
@@ -148,7 +147,7 @@ class Exchange:
             body = self._codec.encode(message)
             link.sequence += 1
             ask.addressed(link, link.sequence)
-            if ask.lane == WORK and not link.sent.is_open:
+            if ask.lane == WORK and link.work_sent >= link.work_limit:
                 link.wait(ask, row.type_id, body, OUT_BOUND)
             else:
                 self._send_ask(link, ask, row.type_id, body)
@@ -161,13 +160,12 @@ class Exchange:
                 self.checks.begin()
 
     def _send_ask(self, link: Link, ask: Ask, type_id: int, body: bytes) -> None:
-        number = link.sent.count + 1 if ask.lane == WORK else 0
-        self.send(
-            link, ASK, type_id, ask.lane, ask.correlation, ask.deadline_ns, ask.trace_id, number, body, OUT_BOUND
-        )  # fmt: skip
+        lane = ask.lane
+        total = link.work_sent + cost_of(len(body)) if lane == WORK else 0
+        self.send(link, ASK, type_id, lane, ask.correlation, ask.deadline_ns, ask.trace_id, total, body, OUT_BOUND)
         ask.is_sent = True
-        if number:
-            link.sent.add(HEADER_BYTES + len(body))
+        if total:
+            link.work_sent = total
 
     def soon(self, callback: Callable[[], None]) -> None:
         """Run a callback in the next turn."""
@@ -315,8 +313,6 @@ class Exchange:
             self.count("duplicates", peer=link.peer, kind=Kind(envelope.kind).name)
             return
         link.seen[control] = correlation
-        if lane == WORK:
-            link.taken.arrive(envelope.position)
         call = None
         if envelope.kind == ASK:
             call = Call(self, link, correlation, lane, envelope.deadline_ns, envelope.trace_id)
@@ -341,8 +337,8 @@ class Exchange:
             else:
                 counter = "dead_letters" if call is None else "overloaded_asks"
                 self._reject(call, counter, Overloaded(f"the {Lane(lane).name} mailbox of {self.name} is full"), link)
-        if lane == WORK and link.taken.take(HEADER_BYTES + len(body)):
-            self._return_credit(link)
+        if lane == WORK and envelope.position - link.work_told >= HALF_CREDIT:
+            self.checks.return_work(link, envelope.position)
 
     def _reject(self, call: Call | None, counter: str, error: ChipbusError, link: Link) -> None:
         self.count(counter, peer=link.peer, error=str(error))
@@ -369,24 +365,15 @@ class Exchange:
             call = link.calls.get(envelope.correlation)
             if call is not None:
                 call.credit(envelope.position)
-        elif link.sent.credit(envelope.position):
+        elif link.credit(envelope.position):
             link.quiet.heard()
-            while link.waiting and link.sent.is_open:
+            while link.waiting and link.work_sent < link.work_limit:
                 ask, type_id, body = link.waiting.popleft()
                 if ask.is_open:
                     try:
                         self._send_ask(link, ask, type_id, body)
                     except BusError as error:
                         self._fail_soon(ask, error)
-
-    def _return_credit(self, link: Link) -> None:
-        """Tell a peer how much of its work has been taken."""
-        if link is not self._links.get(link.peer):
-            return
-        try:
-            self.send(link, CREDIT, 0, WORK, 0, 0, NO_TRACE, link.taken.tell(), b"", ANSWER_BOUND, control=True)
-        except MailboxFull:
-            self.counters["dead_letters"] += 1  # the peer asks for it when it needs it
 
     def wants_more(self, control: bool) -> bool:
         """Whether a transport should read on at once, or let the actor work and poll again.
@@ -403,12 +390,12 @@ class Exchange:
         letter = self.mailbox.pop(control_only=control_only)
         if letter is None or self.is_finished:
             return False
-        link, envelope, body, _ = letter
+        link, envelope, _, _ = letter
         if envelope.kind > ASK:
             self._serve_answer(letter)
         else:
-            if envelope.flags == WORK and link.taken.take(HEADER_BYTES + len(body)):
-                self._return_credit(link)
+            if envelope.position - link.work_told >= HALF_CREDIT and envelope.flags == WORK:
+                self.checks.tell_taken(link, envelope.position)
             self.sender = link.peer
             self._serve_request(letter)
             self.sender = ""
@@ -468,7 +455,7 @@ class Exchange:
             if ask.on_item is not None:
                 self.guard("on_item", None, ask.on_item, message)
             if ask.next_item - ask.credited >= STREAM_WINDOW // 2:
-                self._credit_items(link, ask)
+                self.checks.credit_items(link, ask)
             return
         ask.end()
         if kind == REPLY:
@@ -481,19 +468,6 @@ class Exchange:
         correlation = envelope.correlation
         is_late = correlation > link.sequence or correlation in link.given_up
         self.count("late_frames" if is_late else "duplicates", peer=link.peer, kind=Kind(envelope.kind).name)
-
-    def _credit_items(self, link: Link, ask: Ask) -> None:
-        """Tell a callee how many items have been taken, if the ask is still open."""
-        if not ask.is_open:
-            return
-        ask.credited = ask.next_item
-        try:
-            self.send(
-                link, CREDIT, 0, ask.lane, ask.correlation, 0, ask.trace_id, ask.next_item, b"", ANSWER_BOUND,
-                control=True,
-            )  # fmt: skip
-        except MailboxFull:
-            self.counters["dead_letters"] += 1  # the next CHECK says the same
 
     def guard(self, what: str, call: Call | None, callback: Callable[..., None], *arguments: Any) -> None:
         """Run code of the actor; what it raises fails ``call`` and is logged, and the actor goes on living."""

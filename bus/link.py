@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ..errors import MailboxFull
-from .credits import Sent, Taken
+from ..errors import BadFrame, MailboxFull
+from .credits import WORK_CREDIT_BYTES
 from .envelope import name_id
 from .ports import Port
 from .quiet import Quiet
@@ -20,7 +20,7 @@ OUT_BOUND = 4096
 """Records waiting to be sent to one peer on one socket, above which tells and asks are refused."""
 ANSWER_BOUND = 16 * OUT_BOUND
 """The same for answers."""
-RECENT = 1024
+RECENT = 4096
 
 
 class Recent:
@@ -46,7 +46,7 @@ class Link:
 
     __slots__ = (
         "_backlog", "asks", "calls", "cancelled", "cancels", "given_up", "incarnation", "peer", "peer_id", "port",
-        "quiet", "seen", "sent", "sequence", "taken", "waiting",
+        "quiet", "seen", "sequence", "waiting", "work_limit", "work_returned", "work_sent", "work_told",
     )  # fmt: skip
 
     def __init__(self, peer: str, incarnation: int) -> None:
@@ -61,9 +61,11 @@ class Link:
         self.cancelled: set[int] = set()  # asks whose cancel (control socket) overtook them (data socket)
         self.cancels = Recent()  # asks of theirs whose cancel has arrived
         self.given_up = Recent()  # asks of ours that we ended, and whose answers are late
-        self.sent = Sent()  # our work
-        self.taken = Taken()  # theirs
-        self.quiet = Quiet()  # our work
+        self.work_sent = 0  # what our work has cost, ever
+        self.work_returned = 0  # of which the peer has taken, as far as we have heard
+        self.work_limit = WORK_CREDIT_BYTES  # what it may cost before more is returned
+        self.work_told = 0  # how much of its work we have taken, as far as we have said
+        self.quiet = Quiet()  # of our work
         self.waiting: deque[tuple[Ask, int, bytes]] = deque()  # asks without credit: type id, body; oldest first
         self._backlog: list[tuple[bool, bytes]] = []
 
@@ -80,6 +82,16 @@ class Link:
         if len(self.waiting) >= bound:
             raise MailboxFull(f"{len(self.waiting)} asks wait until {self.peer} takes more; at most {bound} may")
         self.waiting.append((ask, type_id, body))
+
+    def credit(self, taken: int) -> bool:
+        """The peer has taken that much of our work, ever; False if it is old news. Raises ``BadFrame``."""
+        if taken > self.work_sent:
+            raise BadFrame(f"credit for {taken} bytes of work by {self.peer}, which was sent {self.work_sent}")
+        if taken <= self.work_returned:
+            return False
+        self.work_returned = taken
+        self.work_limit = taken + WORK_CREDIT_BYTES
+        return True
 
     @property
     def has_backlog(self) -> bool:

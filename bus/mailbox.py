@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import deque
 
 from .conversation import Call
-from .credits import WORK_CREDIT
+from .credits import WORK_CREDIT, cost_of
 from .envelope import ASK, WORK, Envelope, Lane
 from .link import Link
 
-__all__ = ["LANE_BOUND", "READ_BOUND", "Letter", "Mailbox"]
+__all__ = ["LANE_BOUND", "READ_BOUND", "WORK_BOUND", "Letter", "Mailbox"]
 
 LANE_BOUND = 4096
-"""Messages waiting in a lane before WORK, above which asks and tells are turned away. Work is bounded by credits."""
+"""Messages waiting in a lane before WORK, above which asks and tells are turned away."""
 READ_BOUND = 4 * WORK_CREDIT
 """Letters of work, from all peers together, above which no more are read: a net behind the credits of many peers."""
+WORK_BOUND = 4 * READ_BOUND
+"""The same, above which asks and tells are turned away: whoever comes here does not keep to credits."""
 
 
 Letter = tuple[Link, Envelope, memoryview, Call | None]
@@ -33,10 +35,10 @@ class Mailbox:
         return self._count
 
     def offer(self, letter: Letter) -> bool:
-        """Queue an ask or a tell; False if its lane is full, or if its sender has sent more work than it may."""
+        """Queue an ask or a tell; False if its lane is full."""
         flags = letter[1].flags
         lane = self._lanes[flags]
-        if letter[0].taken.waiting > WORK_CREDIT if flags == WORK else len(lane) >= LANE_BOUND:
+        if len(lane) >= (WORK_BOUND if flags == WORK else LANE_BOUND):
             return False
         lane.append(letter)
         self._count += 1
@@ -72,6 +74,13 @@ class Mailbox:
                 taken += answers
         self._count -= len(taken)
         return taken
+
+    def work_before(self, link: Link) -> int | None:
+        """What the work of one peer had cost before the oldest that waits here; None if none waits."""
+        for owner, envelope, _, _ in self._work:
+            if owner is link and envelope.kind <= ASK:
+                return max(0, envelope.position - cost_of(envelope.body_bytes))
+        return None
 
     @property
     def has_room(self) -> bool:
