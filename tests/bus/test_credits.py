@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chipbus.bus import Context, LocalSystem
 from chipbus.bus.credits import MESSAGE_COST, WORK_CREDIT, WORK_CREDIT_BYTES, cost_of
-from chipbus.bus.envelope import ASK, CREDIT, TELL, envelope_of
+from chipbus.bus.envelope import ASK, CHECK, CREDIT, TELL, envelope_of
 from chipbus.bus.link import Link
 from chipbus.errors import BadFrame, DeadlineExceeded, MailboxFull, PeerGone
 from support import eventually
@@ -199,6 +199,7 @@ def test_an_ask_that_ends_while_it_waits_for_credit_is_never_sent() -> None:
     late = pair.asker.ask("server", Number(101), timeout_s=0.2)
     patient = pair.asker.ask("server", Number(102))
     cancelled.cancel()
+    assert not pair.system.channel("asker", "server", True)  # nor is a cancel
     serve = pair.system._seats["server"].exchange.serve
     pair.system._seats["server"].exchange.serve = lambda **_: False  # type: ignore[method-assign]
     pair.system.clock.advance_to(pair.system.clock.now_ns() + 10**9)
@@ -215,6 +216,30 @@ def test_an_ask_that_ends_while_it_waits_for_credit_is_never_sent() -> None:
     assert pair.server.seen == [*range(FEW), 102]
     assert pair.server_ctx.counters() == {}
     check_all_is_back(pair.system)
+
+
+@pytest.mark.usefixtures("few")
+def test_what_waits_in_a_mailbox_is_not_returned_when_the_sender_asks() -> None:
+    pair = Pair()
+    for value in range(FEW):
+        pair.ctx.tell("server", Number(value))
+    server, asking = pair.system._seats["server"], pair.system._seats["asker"]
+    channel, back = pair.system.channel("asker", "server", False), pair.system.channel("server", "asker", True)
+
+    def check() -> None:
+        while not any(envelope_of(record).kind == CHECK for _, record in channel):
+            pair.system.clock.advance_to(asking.exchange.timers.next_due_ns() or 0)
+            asking._fire()
+        while channel:
+            pair.system._deliver("asker", "server", False)
+        while back:
+            pair.system._deliver("server", "asker", True)
+
+    check()
+    assert pair.link.work_returned == 0
+    server.exchange.serve()
+    check()
+    assert pair.link.work_returned == MESSAGE_COST
 
 
 @pytest.mark.usefixtures("few")

@@ -192,6 +192,19 @@ def test_a_cancelled_stream_forgets_what_waits_and_late_credit_does_nothing() ->
     assert pair.ctx.counters() == {"late_frames": STREAM_WINDOW}
 
 
+def test_credit_that_comes_late_takes_nothing_back() -> None:
+    pair = Reader()
+    for value in range(STREAM_WINDOW):
+        pair.call.item(Number(value))
+    pair.settle()
+
+    pair.call.credit(1)
+    for value in range(STREAM_WINDOW):
+        pair.call.item(Number(value))
+
+    assert len(pair.under_way) == STREAM_WINDOW
+
+
 def test_lost_credit_is_made_up_for_by_a_check() -> None:
     pair = Reader()
     deliver, lost = pair.system._deliver, []
