@@ -65,9 +65,9 @@ class Context(Protocol):
         """Send and be answered: any number of ``on_item``, then exactly one ``on_reply`` or ``on_error``.
 
         No callback runs before this returns, none after ``Ask.cancel()``. Errors: the callee's own, ``PeerGone`` (no
-        link, the peer ended, or the ask or its answer was lost), ``DeadlineExceeded`` after ``timeout_s``,
-        ``Overloaded`` (a queue on the way is full, or we take items too slowly), ``BadFrame`` (an answer that is no
-        message, or a stream with a gap). Without credit for more work the ask waits for it inside its deadline.
+        link, or the peer ended), ``AnswerLost`` (the ask or its answer was lost on the way), ``DeadlineExceeded`` after
+        ``timeout_s``, ``Overloaded`` (a queue on the way is full, or we take items too slowly), ``BadFrame`` (an answer
+        that is no message). Without credit for more work the ask waits for it inside its deadline.
         ``trace_id``: 16 bytes; drawn if not given.
         ``wait_for_link``: with no link to ``to``, wait for one inside the deadline: it is being started, or restarted.
         """
