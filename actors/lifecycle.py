@@ -33,9 +33,11 @@ __all__ = [
     "ChildCondemned",
     "ChildDied",
     "ChildFailed",
+    "ChildForked",
     "ChildLinked",
     "ChildReady",
     "ChildStalled",
+    "ChildStarted",
     "Event",
     "Kill",
     "Phase",
@@ -99,6 +101,15 @@ _HOW = {
 }
 
 
+_MISSING = {
+    "forked": "its warden has not forked it",
+    "linked": "its node has not said hello",
+    "started": "its actor has not started",
+    "ready": "its actor has not said that it is ready",
+}
+"""The phases of a life until it is ready, in order, and what is said of a child that has not got there."""
+
+
 class Phase(enum.IntEnum):
     """Of the tree. It only grows: a stop is a one-way latch."""
 
@@ -139,7 +150,9 @@ class Child:
     restarts: int = 0
     deaths_s: tuple[float, ...] = ()  # within the window
     failures: int = 0  # deaths in a row of lives that were of no use
-    ready_s: float | None = None  # since when its latest process has been ready
+    asked_s: float = 0.0  # when its latest process was asked for
+    phases: tuple[tuple[str, float], ...] = ()  # of that process so far: name, and ms since it was asked for
+    ready_s: float | None = None  # since when it has been ready
     wake_s: float | None = None  # STARTING: the start deadline. BACKOFF: when to start again
     stop: Stop | None = None
     measure: Measure = Measure.NONE
@@ -187,8 +200,24 @@ class Begin:
 
 
 @attrs.frozen
+class ChildForked:
+    """The child has its process."""
+
+    name: str
+    incarnation: int
+
+
+@attrs.frozen
 class ChildLinked:
     """The child's node said hello."""
+
+    name: str
+    incarnation: int
+
+
+@attrs.frozen
+class ChildStarted:
+    """The child's node has answered, so its actor has started."""
 
     name: str
     incarnation: int
@@ -256,7 +285,19 @@ class Tick:
     """Time has passed."""
 
 
-Event = Begin | ChildLinked | ChildReady | ChildFailed | ChildCondemned | ChildStalled | ChildDied | StopAll | Tick
+Event = (
+    Begin
+    | ChildForked
+    | ChildLinked
+    | ChildStarted
+    | ChildReady
+    | ChildFailed
+    | ChildCondemned
+    | ChildStalled
+    | ChildDied
+    | StopAll
+    | Tick
+)
 
 
 # Actions.
@@ -337,6 +378,10 @@ def step(tree: Tree, event: Event, now_s: float) -> tuple[Tree, tuple[Action, ..
     match event:
         case Begin():
             turn.begin()
+        case ChildForked(name, incarnation):
+            turn.reached(name, incarnation, "forked")
+        case ChildStarted(name, incarnation):
+            turn.reached(name, incarnation, "started")
         case ChildLinked(name, incarnation):
             turn.linked(name, incarnation)
         case ChildReady(name, incarnation):
@@ -397,14 +442,25 @@ class _Turn:
             for name in self._children:
                 self._spawn(name)
 
+    def reached(self, name: str, incarnation: int, phase: str) -> None:
+        """Note when a life first got so far."""
+        child = self._current(name, incarnation)
+        if child is not None and phase not in dict(child.phases):
+            took_ms = round(1e3 * (self._now_s - child.asked_s), 1)
+            self._set(name, phases=(*child.phases, (phase, took_ms)))
+
     def linked(self, name: str, incarnation: int) -> None:
         if self._current(name, incarnation) is not None:
+            self.reached(name, incarnation, "forked")  # its warden's word may be slower than its own
+            self.reached(name, incarnation, "linked")
             self._set(name, is_linked=True)
 
     def ready(self, name: str, incarnation: int) -> None:
         child = self._current(name, incarnation)
         if child is None or child.status is not Status.STARTING:
             return
+        self.reached(name, incarnation, "started")
+        self.reached(name, incarnation, "ready")
         self._set(name, status=Status.READY, wake_s=None, ready_s=self._now_s)
         is_all = all(other.status is Status.READY for other in self._children.values())
         if self._tree.phase is Phase.STARTING and is_all:
@@ -488,7 +544,8 @@ class _Turn:
         child = self._children[name]
         if child.status is not Status.STARTING or child.wake_s is None or self._now_s < child.wake_s:
             return
-        text = f"not ready within {child.spec.start_timeout_s:g} s"
+        missing = next(why for phase, why in _MISSING.items() if phase not in dict(child.phases))
+        text = f"not ready within {child.spec.start_timeout_s:g} s: {missing}"
         if self._tree.phase is Phase.STARTING:
             self._set(name, reason=text)
             self._fail_start(name, "StartFailed", f"{name} was {text}")
@@ -530,7 +587,7 @@ class _Turn:
         self._set(
             name, status=Status.STARTING, incarnation=child.incarnation + 1, is_alive=True, is_linked=False, stop=None,
             measure=Measure.NONE, is_to_restart=False, counts_as_death=False, reason="", ended_s=None, ready_s=None,
-            wake_s=self._now_s + child.spec.start_timeout_s,
+            asked_s=self._now_s, phases=(), wake_s=self._now_s + child.spec.start_timeout_s,
         )  # fmt: skip
         self._actions.append(Spawn(name, child.incarnation + 1))
 
@@ -659,6 +716,8 @@ def records(tree: Tree, pids: Mapping[str, int]) -> tuple[ChildRecord, ...]:
             incarnation=child.incarnation,
             restarts=child.restarts,
             last_exit=child.last_exit,
+            # Not while they come in: each would be told to the host, and none of them is news alone.
+            phases=() if child.status is Status.STARTING else child.phases,
         )
         for name, child in tree.children.items()
     )

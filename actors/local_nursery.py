@@ -91,7 +91,7 @@ class LocalNursery:
         spec, incarnation = life.spec, life.incarnation
         self._last_pid += 1
         life.pid = self._last_pid
-        self._events.on_spawned()
+        self._events.on_spawned(spec.name, incarnation)
         try:
             self._system.spawn(
                 spec.name,

@@ -36,8 +36,8 @@ class LifeEnd:
 class NurseryEvents:
     """Whom a nursery tells what. Callbacks run on the supervisor's loop, ``on_ended`` also from inside ``signal``."""
 
-    on_spawned: Callable[[], None]
-    """A child that was asked for has its process."""
+    on_spawned: Callable[[str, int], None]
+    """The child of that name and incarnation has its process."""
     on_ended: Callable[[LifeEnd], None]
     """A life is over, once for each that was asked for: nothing of it runs, ``pid`` and ``signal`` know it no more."""
     on_terminated: Callable[[], None]

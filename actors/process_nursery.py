@@ -266,7 +266,7 @@ class ProcessNursery:
         self._ctx.watch(process.pidfd, lambda: self._on_pidfd(life))
         if life.signum is not None:
             signal_group(process, life.signum)
-        self._events.on_spawned()
+        self._events.on_spawned(name, incarnation)
 
     def _ended(self, life: _Life, exit_text: str, error: str = "", text: str = "") -> None:
         """The one place where a death is decided, whoever tells of it first."""

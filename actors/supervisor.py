@@ -34,9 +34,11 @@ from .lifecycle import (
     ChildCondemned,
     ChildDied,
     ChildFailed,
+    ChildForked,
     ChildLinked,
     ChildReady,
     ChildStalled,
+    ChildStarted,
     Event,
     Kill,
     Phase,
@@ -101,7 +103,7 @@ class SupervisorActor(Actor):
         self._nursery.open(
             self.ctx,
             NurseryEvents(
-                on_spawned=self._tell_tree,
+                on_spawned=lambda name, incarnation: self._feed(ChildForked(name, incarnation)),
                 on_ended=self._life_ended,
                 on_terminated=self._terminated,
                 may_spawn=lambda: self._tree.phase < Phase.STOPPING,
@@ -124,6 +126,7 @@ class SupervisorActor(Actor):
         self._feed(ChildLinked(name, child.incarnation))
         if self._tree.children[name].status is Status.STOPPING:
             return
+        self._tell(name, Ping())  # its answer says that the actor has started
         for other in self._boot.children:
             if name in other.connect and self._is_linked(other.name):
                 self._tell(other.name, PeerUp(name, child.incarnation))
@@ -183,8 +186,10 @@ class SupervisorActor(Actor):
         child = self._living(self.ctx.sender)
         if child is None:
             return
-        if message.ready is not None and child.status is Status.STARTING:
-            self._ready(message.ready, None)
+        if child.status is Status.STARTING:
+            self._feed(ChildStarted(self.ctx.sender, child.incarnation))
+            if message.ready is not None:
+                self._ready(message.ready, None)
         # One that is starting has a deadline for whatever it is busy with.
         is_busy = message.is_busy and child.status is Status.READY
         self._heartbeats.answered(self.ctx.sender, child.incarnation, message.progress, is_busy=is_busy)
@@ -195,10 +200,14 @@ class SupervisorActor(Actor):
     def _ready(self, message: Ready, _: Call | None) -> None:
         name = self.ctx.sender
         child = self._living(name)
-        if child is not None:
-            pid = self._nursery.pid(name)
-            self.ctx.log.info("child.ready", child=name, pid=pid, actor_s=message.seconds, detail=message.detail)
-            self._feed(ChildReady(name, child.incarnation))
+        if child is None or child.status is not Status.STARTING:  # or it says so again
+            return
+        self._feed(ChildReady(name, child.incarnation))
+        phases = {f"{phase}_ms": took_ms for phase, took_ms in self._tree.children[name].phases}
+        self.ctx.log.info(
+            "child.ready", child=name, life=child.incarnation, pid=self._nursery.pid(name), **phases,
+            actor_s=message.seconds, detail=message.detail,
+        )  # fmt: skip
 
     @handles(StartError)
     def _start_error(self, message: StartError, _: Call | None) -> None:

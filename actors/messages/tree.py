@@ -34,7 +34,9 @@ class ChildRecord:
     state: str  # new | starting | ready | stopping | backoff | gone
     incarnation: int  # n-th life, from 1
     restarts: int
-    last_exit: str = ""  # "", "exit code 1", "signal 9 (SIGKILL)", "not ready within 30 s"
+    last_exit: str = ""  # "", "exit code 1", "signal 9 (SIGKILL)", "not ready within 30 s: …"
+    phases: tuple[tuple[str, float], ...] = ()
+    """How its start went, once that is over: "forked", "linked", "started", "ready", in ms since it was asked."""
 
 
 @message(0x0401, lane=Lane.CHILD)

@@ -31,9 +31,11 @@ from chipbus.actors.lifecycle import (
     ChildCondemned,
     ChildDied,
     ChildFailed,
+    ChildForked,
     ChildLinked,
     ChildReady,
     ChildStalled,
+    ChildStarted,
     Event,
     Kill,
     Phase,
@@ -240,15 +242,57 @@ def test_a_missed_start_deadline_fails_the_first_start_and_costs_a_restart_later
     play.feed(Begin())
     assert next_wake_s(play.tree) == play.now_s + 10
     late = play.feed(Tick(), at_s=play.now_s + 10)
-    assert late[0] == AnnounceFailure("tokenizer.0", "StartFailed", "tokenizer.0 was not ready within 10 s")
+    assert late[0] == AnnounceFailure(
+        "tokenizer.0", "StartFailed", "tokenizer.0 was not ready within 10 s: its warden has not forked it"
+    )
 
     play = running()
     play.die("router")
     assert play.feed(Tick(), at_s=play.now_s + 10) == [Kill("router", 2)]
     play.die("router")
-    assert play.tree.children["router"].last_exit == "not ready within 10 s"
+    assert play.tree.children["router"].last_exit == "not ready within 10 s: its warden has not forked it"
     assert play.tree.children["router"].exit == KILLED
     assert len(play.tree.children["router"].deaths_s) == 2
+
+
+@pytest.mark.guarantee("S31")
+@pytest.mark.parametrize(
+    ("reached", "sentence"),
+    [
+        ((), "its warden has not forked it"),
+        ((ChildForked,), "its node has not said hello"),
+        ((ChildForked, ChildLinked), "its actor has not started"),
+        ((ChildForked, ChildLinked, ChildStarted), "its actor has not said that it is ready"),
+    ],
+)
+def test_a_start_is_timed_by_phase_and_a_missed_deadline_names_the_one_it_hung_in(
+    reached: tuple[type[Event], ...], sentence: str
+) -> None:
+    play = running()
+    play.die("router")
+    asked_s = play.now_s
+    for count, event in enumerate(reached, start=1):
+        play.feed(event("router", 2), at_s=asked_s + count)  # type: ignore[call-arg]
+        play.feed(event("router", 2), at_s=asked_s + count + 0.5)  # type: ignore[call-arg]
+    shown = {record.name: record for record in records(play.tree, {})}
+    assert shown["router"].phases == ()
+    play.feed(Tick(), at_s=asked_s + 10)
+
+    assert play.tree.children["router"].reason == f"not ready within 10 s: {sentence}"
+    shown = {record.name: record for record in records(play.tree, {})}
+    names = ("forked", "linked", "started")[: len(reached)]
+    assert shown["router"].phases == tuple((name, 1e3 * count) for count, name in enumerate(names, start=1))
+
+
+def test_who_is_ready_has_started() -> None:
+    play = running()
+    play.die("router")
+    play.feed(ChildForked("router", 2))
+    play.now_s += 0.0123
+    play.come_up("router")
+
+    shown = {record.name: record for record in records(play.tree, {})}
+    assert shown["router"].phases == (("forked", 0.0), ("linked", 12.3), ("started", 12.3), ("ready", 12.3))
 
 
 def test_a_stalled_child_is_killed_after_its_stack_and_counts_as_a_death_of_its_own() -> None:

@@ -72,6 +72,9 @@ def test_a_tree_starts_is_introduced_to_itself_and_stops(tmp_path: Path) -> None
             "supervisor", "supervisor", "supervisor", "replica.0",
         ]  # fmt: skip
         assert len(set(host.pids().values())) == 5
+        for record in host.listener.trees[-1][1:]:
+            assert sorted(record.phases, key=lambda phase: phase[1]) == list(record.phases)
+            assert [name for name, _ in record.phases] == ["forked", "linked", "started", "ready"]
         eventually(lambda: "chip.0.0 1 up replica.0 1" in diary(pages), "the chip knows its replica core")
         eventually(lambda: "router 1 up replica.0 1" in diary(pages), "the router knows it, too")
 
@@ -140,7 +143,8 @@ def test_a_missed_start_deadline_fails_the_start_and_leaves_nothing() -> None:
     with Host(worker("router"), slow) as host:
         failure = host.hear(StartFailure)
 
-        assert failure == StartFailure("chip.0.0", "StartFailed", "chip.0.0 was not ready within 0.5 s")
+        text = "chip.0.0 was not ready within 0.5 s: its actor has not said that it is ready"
+        assert failure == StartFailure("chip.0.0", "StartFailed", text)
         ends = by_name(host.shut_down(5.0).children)
         assert {end.how for end in ends.values()} == {"stopped"}
 
