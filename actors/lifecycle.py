@@ -65,6 +65,7 @@ _BACKOFF_JITTER = (
 )
 _USEFUL_S = 1.0  # a life that was ready for so long was of use: the next one starts at once again
 _GROUP_STOP_S = 2.0  # for a chip worker whose replica core died, or a child that missed its start deadline
+_HELLO_S = 15.0  # from a restarted child's fork to its hello: milliseconds, or seconds if it had to be executed
 _SHORTEST_STOP_S = 0.1  # even SIGKILL takes the kernel a moment
 _POLITE_SHARE = 0.6  # of a stop's budget; then SIGTERM
 _TERMINATE_SHARE = 0.8  # of a stop's budget; then SIGKILL, and the rest is for the kernel to free what it held
@@ -409,8 +410,8 @@ def next_wake_s(tree: Tree) -> float | None:
 
 def _wakes(tree: Tree) -> Iterator[float]:
     for child in tree.children.values():
-        if child.status is Status.STARTING and child.wake_s is not None:
-            yield child.wake_s
+        if (late_s := _start_deadline_s(tree.phase, child)) is not None:
+            yield late_s
         elif (again_s := _spawn_again_s(tree, tree.children, child)) is not None:
             yield again_s
         elif child.status is Status.STOPPING and child.stop is not None:
@@ -542,10 +543,11 @@ class _Turn:
 
     def _check_start_deadline(self, name: str) -> None:
         child = self._children[name]
-        if child.status is not Status.STARTING or child.wake_s is None or self._now_s < child.wake_s:
+        late_s = _start_deadline_s(self._tree.phase, child)
+        if late_s is None or self._now_s < late_s:
             return
         missing = next(why for phase, why in _MISSING.items() if phase not in dict(child.phases))
-        text = f"not ready within {child.spec.start_timeout_s:g} s: {missing}"
+        text = f"not ready within {late_s - child.asked_s:g} s: {missing}"
         if self._tree.phase is Phase.STARTING:
             self._set(name, reason=text)
             self._fail_start(name, "StartFailed", f"{name} was {text}")
@@ -669,6 +671,16 @@ class _Turn:
 
     def _set_tree(self, **changes: Any) -> None:
         self._tree = attrs.evolve(self._tree, **changes)
+
+
+def _start_deadline_s(phase: Phase, child: Child) -> float | None:
+    """When a starting child is late. One that was stopped before it could say hello is not waited for until the end."""
+    if child.status is not Status.STARTING or child.wake_s is None:
+        return None
+    reached = dict(child.phases)
+    if phase is Phase.STARTING or "forked" not in reached or "linked" in reached:
+        return child.wake_s
+    return min(child.wake_s, child.asked_s + reached["forked"] / 1e3 + _HELLO_S)
 
 
 def _group(children: Mapping[str, Child], child: Child) -> list[str]:

@@ -284,6 +284,21 @@ def test_a_start_is_timed_by_phase_and_a_missed_deadline_names_the_one_it_hung_i
     assert shown["router"].phases == tuple((name, 1e3 * count) for count, name in enumerate(names, start=1))
 
 
+def test_a_restarted_child_that_is_stopped_before_its_hello_is_not_waited_for_until_the_end() -> None:
+    play = running()
+    slow = attrs.evolve(play.tree.children["router"].spec, start_timeout_s=300.0)
+    play.tree = attrs.evolve(
+        play.tree, children={**play.tree.children, "router": attrs.evolve(play.tree.children["router"], spec=slow)}
+    )
+    play.die("router")
+    asked_s = play.now_s
+    play.feed(ChildForked("router", 2), at_s=asked_s + 1)
+
+    assert next_wake_s(play.tree) == asked_s + 16
+    assert play.feed(Tick(), at_s=asked_s + 16) == [Kill("router", 2)]
+    assert play.tree.children["router"].reason == "not ready within 16 s: its node has not said hello"
+
+
 def test_who_is_ready_has_started() -> None:
     play = running()
     play.die("router")
