@@ -44,7 +44,7 @@ test-torch: $(VENV)/.installed-dev  ## kernels and whole engines once more, on a
 		--timeout 200 -k 'not (widths_of_qwen3 and bfloat16)'  # two of a minute each where torch has no AMX
 
 chaos: $(VENV)/.installed-dev  ## kill, stop and stall every kind of process under load: make chaos SEED=7 FAULTS=5000 CHIP=cpu
-	PYTHONPATH=tests/chaos $(PYTHON) -P tests/chaos/chaos.py --seed $(SEED) --faults $(FAULTS) --chip $(CHIP)
+	PYTHONPATH=tests:tests/chaos $(PYTHON) -P tests/chaos/chaos.py --seed $(SEED) --faults $(FAULTS) --chip $(CHIP)
 
 sanitize:  ## the native engine's tests in C++ under address, undefined and thread sanitizers: needs a C++20 compiler alone
 	@$(MAKE) --no-print-directory --output-sync -j$$(nproc) -f tests/native/Makefile

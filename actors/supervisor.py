@@ -144,6 +144,11 @@ class SupervisorActor(Actor):
         child = self._tree.children.get(name)
         return child if child is not None and child.is_alive else None
 
+    def _speaker(self) -> Child | None:
+        """The child whose message is being handled; None if that life of it is over, whatever it had to say."""
+        child = self._living(self.ctx.sender)
+        return child if child is not None and child.incarnation == self.ctx.sender_incarnation else None
+
     def _is_linked(self, name: str) -> bool:
         child = self._tree.children[name]
         return child.is_linked and child.status in (Status.STARTING, Status.READY)
@@ -183,7 +188,7 @@ class SupervisorActor(Actor):
 
     @handles(Pong)
     def _pong(self, message: Pong, _: Call | None) -> None:
-        child = self._living(self.ctx.sender)
+        child = self._speaker()
         if child is None:
             return
         if child.status is Status.STARTING:
@@ -199,7 +204,7 @@ class SupervisorActor(Actor):
     @handles(Ready)
     def _ready(self, message: Ready, _: Call | None) -> None:
         name = self.ctx.sender
-        child = self._living(name)
+        child = self._speaker()
         if child is None or child.status is not Status.STARTING:  # or it says so again
             return
         self._feed(ChildReady(name, child.incarnation))
@@ -211,7 +216,7 @@ class SupervisorActor(Actor):
 
     @handles(StartError)
     def _start_error(self, message: StartError, _: Call | None) -> None:
-        child = self._living(self.ctx.sender)
+        child = self._speaker()
         if child is not None:
             self._feed(ChildFailed(self.ctx.sender, child.incarnation, message.error, message.text))
 

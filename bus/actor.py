@@ -39,6 +39,11 @@ class Context(Protocol):
         """Who sent the message being handled; empty outside a handler."""
         ...
 
+    @property
+    def sender_incarnation(self) -> int:
+        """Which life of the sender; it may be over by now, and the next one have begun."""
+        ...
+
     def tell(self, to: str, message: Any) -> None:
         """Send without an answer. Raises ``PeerGone`` without a link to ``to``, ``MailboxFull`` without credit for it.
 

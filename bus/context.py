@@ -41,6 +41,10 @@ class BoundContext:
     def sender(self) -> str:
         return self._exchange.sender
 
+    @property
+    def sender_incarnation(self) -> int:
+        return self._exchange.sender_incarnation
+
     def after(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         exchange = self._exchange
         due_ns = exchange.clock.now_ns() + int(max(0.0, delay_s) * NS_PER_S)

@@ -86,6 +86,7 @@ class Exchange:
         self.checks = Checks(self)
         self.counters: Counter[str] = Counter()
         self.sender = ""
+        self.sender_incarnation = 0
         self.is_finished = False
         self._id = name_id(name)
         self._codec = codec or WireCodec()
@@ -396,7 +397,7 @@ class Exchange:
         else:
             if envelope.position - link.work_told >= HALF_CREDIT and envelope.flags == WORK:
                 self.checks.tell_taken(link, envelope.position)
-            self.sender = link.peer
+            self.sender, self.sender_incarnation = link.peer, link.incarnation
             self._serve_request(letter)
             self.sender = ""
         return True

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_engine import LocalEngine, expected_tokens
 from serving_actors import pass_time
 from supervised import tree_of_four, worker
 
 from chipbus.actors.boot import HOST, SUPERVISOR, Boot, ChildSpec
-from chipbus.actors.config import EngineConfig
-from chipbus.actors.host import HostActor
-from chipbus.actors.kinds import load_actor
 from chipbus.actors.local_nursery import LocalNursery
-from chipbus.actors.messages.serving import Generate
 from chipbus.actors.messages.tree import (
     ChildRecord,
     CloseReport,
@@ -28,14 +23,11 @@ from chipbus.actors.messages.tree import (
     TreeChanged,
     TreeReady,
 )
-from chipbus.actors.plan import plan_engine
-from chipbus.actors.request import RequestState
+from chipbus.actors.router import RouterActor
 from chipbus.actors.sampling import SamplingParams
 from chipbus.actors.supervisor import SupervisorActor
-from chipbus.actors.tree_actor import TreeEvents
-from chipbus.bus import Actor, LocalSystem, PeerDown, PeerUp, Ready, handles, pack_tokens
-from chipbus.errors import CheckpointError, ChipbusError
-from chipbus.kernels.null import null_token
+from chipbus.bus import Actor, LocalSystem, PeerDown, PeerUp, Ready, handles
+from chipbus.errors import CheckpointError
 
 KILLED = "signal 9 (SIGKILL)"
 SEEDS = st.integers(0, 2**32)
@@ -281,64 +273,43 @@ def test_equal_seeds_give_equal_lives() -> None:
     assert life(1) != life(2)
 
 
-class Engine:
-    """The actors of an engine, all of them the real ones, on a null chip that computes in virtual time."""
-
-    def __init__(self, seed: int) -> None:
-        self.system = LocalSystem(seed, directory=False)
-        config = EngineConfig(chip="null", max_model_len=64, kv_pages=40, page_size=4, max_num_batched_tokens=32)
-        self.host = HostActor(config.max_request_restarts)
-        self.is_ready = False
-        self.deaths: list[ChipbusError] = []
-        self.host.events = TreeEvents(
-            on_bound=lambda: None, on_ready=self._ready, on_dead=self.deaths.append, on_progress=lambda _: None
-        )
-        boot = attrs.evolve(plan_engine(config).boot(Path()), seed=seed)
-        self.nursery = LocalNursery(self.system, self._make)
-        self.system.spawn(HOST, self.host)
-        self.system.spawn(SUPERVISOR, SupervisorActor(boot, self.nursery))
-        self.system.run_until(lambda: self.is_ready or self.deaths != [])
-        assert self.deaths == []
-
-    def _ready(self) -> None:
-        self.is_ready = True
-
-    @staticmethod
-    def _make(spec: ChildSpec, _: int) -> Actor:
-        return load_actor(spec.kind, {**spec.config, **({"inline": True} if spec.kind == "chip" else {})})
-
-    def submit(self, max_tokens: int) -> RequestState:
-        state = RequestState("r0", 1, False, lambda: None)
-        params = SamplingParams(seed=0, max_tokens=max_tokens, ignore_eos=True)
-        self.host.submit(Generate(request_id="r0", prompt_token_ids=pack_tokens(PROMPT), params=params), 0, state, 1e5)
-        return state
-
-    def close(self) -> CloseReport:
-        answers: list[Any] = []
-        self.host.shut_down(5.0, answers.append)
-        self.system.run_until(lambda: answers != [])
-        assert isinstance(answers[0], CloseReport)
-        return answers[0]
-
-
 @pytest.mark.guarantee("S21")
 @pytest.mark.parametrize("seed", range(6))
 def test_an_engines_own_actors_serve_under_the_supervisor_in_one_process_also_when_a_chip_is_killed(seed: int) -> None:
-    expected = list(PROMPT)
-    for position in range(len(PROMPT) - 1, len(PROMPT) + 19):
-        expected.append(null_token(expected[-1], position, VOCAB))
-    engine = Engine(seed)
-    state = engine.submit(20)
+    engine = LocalEngine(seed)
+    state = engine.submit(PROMPT, SamplingParams(seed=0, max_tokens=20, ignore_eos=True))
     if seed % 2:
         engine.system.run_until(lambda: state.drain() is not None)
         engine.nursery.kill("chip.0.0")
 
     engine.system.run_until(lambda: state.is_over)
 
-    assert list(state.whole().outputs[0].token_ids) == expected[len(PROMPT) :]
+    assert list(state.whole().outputs[0].token_ids) == expected_tokens(PROMPT, 20)
     report = engine.close()
     assert [(end.name, end.how) for end in report.children] == [
         ("tokenizer.0", "stopped"), ("router", "stopped"), ("replica.0", "stopped"), ("chip.0.0", "stopped"),
     ]  # fmt: skip
     assert report.children[-1].incarnation == 1 + seed % 2
     assert report.left == ()
+
+
+@pytest.mark.guarantee("S53")
+@pytest.mark.parametrize("seed", range(10))
+def test_while_one_replica_is_stuck_the_others_go_on_and_none_of_its_requests_waits_for_it_longer(seed: int) -> None:
+    engine = LocalEngine(seed, replicas=2)
+    params = SamplingParams(seed=0, max_tokens=20, ignore_eos=True)
+    states = [engine.submit([20 + n], params) for n in range(4)]
+    router = engine.actors["router"]
+    assert isinstance(router, RouterActor)
+    engine.system.run_until(lambda: all(router.load().values()) and states[3].token_ids(0) != [])
+    began_ns = engine.system.clock.now_ns()
+    engine.system.freeze("replica.0", 1e8)
+    of_the_other = [state for state in states if router._requests[state.request_id].target.replica == 1]
+
+    engine.system.run_until(lambda: all(state.is_over for state in of_the_other))
+    assert engine.system.clock.now_ns() - began_ns < 1e9, "before anybody can have noticed that replica 0 is stuck"
+
+    engine.system.run_until(lambda: all(state.is_over for state in states))
+    for number, state in enumerate(states):
+        assert list(state.whole().outputs[0].token_ids) == expected_tokens([20 + number], 20)
+    assert engine.close().left == ()
