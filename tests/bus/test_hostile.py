@@ -210,7 +210,8 @@ def test_a_node_does_not_connect_through_a_run_directory_others_may_enter(
     server, asker = Server(), Asker()
     nodes.start("server", server)
     asking = nodes.start("asker", asker)
-    eventually(lambda: (nodes.run_dir / "asker.1.c").exists(), "the asker runs")
+    asking.do(lambda: None)
+    eventually(lambda: server.events == ["start"], "both run")
     nodes.run_dir.chmod(0o711)
 
     def connect() -> None:
