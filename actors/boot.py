@@ -17,6 +17,7 @@ __all__ = ["HOST", "ONE_FOR_ALL", "ONE_FOR_ONE", "REST_FOR_ONE", "STRATEGIES", "
 
 HOST = "host"
 SUPERVISOR = "supervisor"
+GUESTS = "guest.*"  # as in bus.inbox, which is not to be imported here
 
 ONE_FOR_ONE = "one_for_one"
 REST_FOR_ONE = "rest_for_one"
@@ -88,7 +89,7 @@ class Boot:
     def expected_by(self, name: str) -> frozenset[str]:
         """The nodes that connect to the node of that name, the supervisor and the host included."""
         if name == SUPERVISOR:
-            return frozenset(spec.name for spec in self.children)
+            return frozenset({*(spec.name for spec in self.children), GUESTS})
         callers = {spec.name for spec in self.children if name in spec.connect}
         return frozenset({*callers, SUPERVISOR} if name == HOST else callers)
 

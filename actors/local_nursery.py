@@ -76,6 +76,9 @@ class LocalNursery:
     def dump_stack(self, name: str, incarnation: int) -> None:
         pass
 
+    def watch_guest(self, pid: int, on_gone: Callable[[], None]) -> None:
+        pass
+
     def pid(self, name: str) -> int:
         if name == SUPERVISOR:
             return 1

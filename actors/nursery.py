@@ -70,6 +70,10 @@ class Nursery(Protocol):
         """Have a life write to the log what each of its threads is doing. One that cannot, or is over, does nothing."""
         ...
 
+    def watch_guest(self, pid: int, on_gone: Callable[[], None]) -> None:
+        """Call ``on_gone`` once that process, which is none of ours, has ended."""
+        ...
+
     def pid(self, name: str) -> int:
         """Of a child's process, or of the supervisor; 0 while there is none."""
         ...

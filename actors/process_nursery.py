@@ -25,7 +25,17 @@ from .heartbeats import Heartbeats
 from .lifecycle import NEVER_STARTED
 from .messages.warden import Exited, Pong, Preloaded, Spawned, SpawnRefused
 from .nursery import LifeEnd, NurseryEvents
-from .processes import EXIT_ORPHANED, ExitStatus, Process, Tether, is_dead, reap_any, signal_group, signal_process
+from .processes import (
+    EXIT_ORPHANED,
+    ExitStatus,
+    Process,
+    Tether,
+    is_dead,
+    open_pidfd,
+    reap_any,
+    signal_group,
+    signal_process,
+)
 from .wardens import Warden
 
 __all__ = ["ProcessNursery"]
@@ -124,6 +134,20 @@ class ProcessNursery:
         life = self._life(name, incarnation)
         if life is not None and life.process is not None:
             signal_process(life.process, signal.SIGUSR1)
+
+    def watch_guest(self, pid: int, on_gone: Callable[[], None]) -> None:
+        try:
+            pidfd = open_pidfd(pid)
+        except OSError:
+            self._ctx.after(0.0, on_gone)
+            return
+
+        def gone() -> None:
+            self._ctx.unwatch(pidfd)
+            os.close(pidfd)
+            on_gone()
+
+        self._ctx.watch(pidfd, gone)
 
     def pid(self, name: str) -> int:
         if name == SUPERVISOR:

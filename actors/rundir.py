@@ -26,7 +26,7 @@ from ..bus.addresses import MAX_PATH_BYTES, check_run_dir
 from ..bus.shortages import cannot_write, explain
 from ..errors import ConfigError, RunDirectoryInUse, StartFailed
 
-__all__ = ["RunDirectory", "owner_of", "remove_when_free"]
+__all__ = ["RunDirectory", "living_runtimes", "owner_of", "remove_when_free"]
 
 _PREFIX = "chipbus-"
 _LOCK = "lock"
@@ -120,6 +120,22 @@ class RunDirectory:
 def owner_of(lock_fd: int) -> str:
     """Who made the run directory of this lock file, for ``remove_when_free``."""
     return os.pread(lock_fd, _OWNER_BYTES, 0).decode(errors="replace")
+
+
+def living_runtimes() -> list[tuple[Path, int]]:
+    """Run directories of this user where they are usually made, if somebody lives there, with each host's pid."""
+    found = []
+    for path in sorted({path for parent in _parents() for path in parent.glob(f"{_PREFIX}*")}):
+        with contextlib.suppress(OSError, ValueError, ConfigError):  # another user's, or removed at this moment
+            check_run_dir(path)
+            lock_fd = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append((path, int(owner_of(lock_fd).partition(" ")[0])))
+            finally:
+                os.close(lock_fd)
+    return found
 
 
 def remove_when_free(path: Path, timeout_s: float, owner: str) -> bool:

@@ -12,13 +12,29 @@ ends is announced to everyone it was linked with, before its next life can be.
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from signal import SIGKILL, SIGTERM
+from typing import Any
 
 import attrs
 
-from ..bus import Actor, Call, PeerDown, PeerUp, Ping, Pong, Progress, Ready, Stop, Timer, handles
-from ..errors import ChipbusError, MailboxFull, PeerGone, StartFailed
+from ..bus import (
+    Actor,
+    Call,
+    NodeReport,
+    NodeReportRequest,
+    PeerDown,
+    PeerUp,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Stop,
+    Timer,
+    handles,
+)
+from ..errors import BusError, ChipbusError, MailboxFull, PeerGone, StartFailed
 from .boot import HOST, SUPERVISOR, Boot
 from .heartbeats import Heartbeats
 from .lifecycle import (
@@ -60,6 +76,7 @@ from .messages.tree import (
     CloseReport,
     Condemn,
     GroupLost,
+    ProcessReport,
     ReplicaStatistics,
     ReplicaStatisticsRequest,
     Shutdown,
@@ -67,6 +84,8 @@ from .messages.tree import (
     StartFailure,
     TreeChanged,
     TreeReady,
+    TreeReport,
+    TreeReportRequest,
 )
 from .nursery import LifeEnd, Nursery, NurseryEvents
 
@@ -74,8 +93,24 @@ __all__ = ["SupervisorActor"]
 
 ROUTER = "router"
 STATISTICS_TIMEOUT_S = 2.0
+REPORT_TIMEOUT_S = 0.5
+_GUEST = "guest."
 _DUMP_S = 0.05  # for a stuck process to write its stack; it takes 1 ms
 _ROUNDING_S = 2e-9  # a tick just before its time does nothing; on a virtual clock it would then come again for ever
+
+
+Handler = Callable[["SupervisorActor", Any, Call | None], None]
+
+
+def _of_the_tree(handler: Handler) -> Handler:
+    """A handler for messages of the host and of children. A guest's is refused, and counted."""
+
+    @wraps(handler)
+    def checked(self: SupervisorActor, message: Any, call: Call | None) -> None:
+        if not self.refuses_guest(message, call):
+            handler(self, message, call)
+
+    return checked
 
 
 class SupervisorActor(Actor):
@@ -92,6 +127,8 @@ class SupervisorActor(Actor):
         self._is_to_end = False  # when everything is stopped
         self._is_leaving = False
         self._lost: list[GroupLost] = []
+        self._guests: set[str] = set()
+        self._refused = 0  # messages of guests
         self._heartbeats = Heartbeats(boot.stall_timeout_s)
         self._told: tuple[ChildRecord, ...] = ()
 
@@ -120,6 +157,8 @@ class SupervisorActor(Actor):
 
     def on_peer_up(self, name: str) -> None:
         """A child is on the bus: introduce it."""
+        if name.startswith(_GUEST):
+            self._let_in(name)
         child = self._living(name)
         if child is None or self.ctx.peers().get(name) != child.incarnation:
             return
@@ -138,6 +177,69 @@ class SupervisorActor(Actor):
         if name == ROUTER:  # it may be new: it has not heard
             for lost in self._lost:
                 self._tell(ROUTER, lost)
+
+    # Guests.
+
+    def obeys(self, sender: str) -> bool:
+        """Only the host application may stop it. Who is up it says itself."""
+        return sender == HOST
+
+    def refuses_guest(self, message: object, call: Call | None) -> bool:
+        """Whether the message being handled is a guest's, who may ask for a report and nothing else."""
+        sender = self.ctx.sender
+        if sender == HOST or sender in self._tree.children:
+            return False
+        self._refused += 1
+        self.ctx.log.warning("guest.refused", guest=sender, message=type(message).__name__)
+        if call is not None:
+            call.fail(BusError(f"{sender} is a guest: it may ask for a report, and nothing else"))
+        return True
+
+    def _let_in(self, name: str) -> None:
+        if name in self._guests:
+            return
+        self._guests.add(name)
+
+        def gone() -> None:
+            self._guests.discard(name)
+            life = self.ctx.peers().get(name)
+            if life is not None:
+                self.ctx.peer_down(name, life, "it has left")
+
+        self._nursery.watch_guest(int(name.removeprefix(_GUEST)), gone)
+
+    @handles(TreeReportRequest)
+    def _report_tree(self, _: TreeReportRequest, call: Call | None) -> None:
+        if call is None:
+            return
+        waiting = {name for name in (HOST, *self._tree.children) if name == HOST or self._is_linked(name)}
+        waiting &= self.ctx.peers().keys()
+        answers: dict[str, NodeReport] = {}
+
+        def settle(name: str, answer: NodeReport | None) -> None:
+            waiting.discard(name)
+            if answer is not None:
+                answers[name] = answer
+            if not waiting:
+                answers[SUPERVISOR] = self.ctx.report()
+                host = ChildRecord(
+                    name=HOST, kind=HOST, pid=self._boot.host_pid, parent="", state="ready", incarnation=1, restarts=0
+                )
+                processes = tuple(
+                    ProcessReport(record, answers.get(record.name)) for record in (host, *self._records())
+                )
+                call.reply(TreeReport(processes=processes, refused=self._refused))
+
+        if not waiting:
+            settle("", None)
+        for name in sorted(waiting):
+            self.ctx.ask(
+                name,
+                NodeReportRequest(),
+                timeout_s=REPORT_TIMEOUT_S,
+                on_reply=partial(settle, name),
+                on_error=lambda _, name=name: settle(name, None),  # type: ignore[misc]
+            )
 
     def _living(self, name: str) -> Child | None:
         """The child of that name whose current life has been asked for and is not over."""
@@ -187,6 +289,7 @@ class SupervisorActor(Actor):
         return [spec.name for spec in self._boot.children if spec.name in connect or name in spec.connect]
 
     @handles(Pong)
+    @_of_the_tree
     def _pong(self, message: Pong, _: Call | None) -> None:
         child = self._speaker()
         if child is None:
@@ -202,6 +305,7 @@ class SupervisorActor(Actor):
     # Messages from children.
 
     @handles(Ready)
+    @_of_the_tree
     def _ready(self, message: Ready, _: Call | None) -> None:
         name = self.ctx.sender
         child = self._speaker()
@@ -215,12 +319,14 @@ class SupervisorActor(Actor):
         )  # fmt: skip
 
     @handles(StartError)
+    @_of_the_tree
     def _start_error(self, message: StartError, _: Call | None) -> None:
         child = self._speaker()
         if child is not None:
             self._feed(ChildFailed(self.ctx.sender, child.incarnation, message.error, message.text))
 
     @handles(Condemn)
+    @_of_the_tree
     def _condemn(self, message: Condemn, _: Call | None) -> None:
         spec = self._boot.spec(message.child)
         if spec is None or self.ctx.sender not in spec.connect:  # only whom it serves may say so
@@ -230,12 +336,14 @@ class SupervisorActor(Actor):
         self._feed(ChildCondemned(message.child, message.incarnation, message.reason))
 
     @handles(Progress)
+    @_of_the_tree
     def _progress(self, message: Progress, _: Call | None) -> None:
         self._tell(HOST, attrs.evolve(message, phase=f"{self.ctx.sender} {message.phase}"))
 
     # Messages from the host.
 
     @handles(Shutdown)
+    @_of_the_tree
     def _shutdown(self, message: Shutdown, call: Call | None) -> None:
         if call is not None:
             self._shutdowns.append(call)
@@ -245,6 +353,7 @@ class SupervisorActor(Actor):
             self._leave()
 
     @handles(ReplicaStatisticsRequest)
+    @_of_the_tree
     def _statistics(self, message: ReplicaStatisticsRequest, call: Call | None) -> None:
         if call is None:
             return
@@ -410,12 +519,15 @@ class SupervisorActor(Actor):
 
     def _tell_tree(self) -> None:
         """Show the host the tree, if it looks different from what it was shown last."""
+        tree = self._records()
+        if tree != self._told:
+            self._told = tree
+            self._tell(HOST, TreeChanged(tree))
+
+    def _records(self) -> tuple[ChildRecord, ...]:
         state = {Phase.RUNNING: "ready", Phase.STOPPING: "stopping", Phase.STOPPED: "stopping"}
         own = ChildRecord(
             name=SUPERVISOR, kind=SUPERVISOR, pid=self._nursery.pid(SUPERVISOR), parent="",
             state=state.get(self._tree.phase, "starting"), incarnation=1, restarts=0,
         )  # fmt: skip
-        tree = (own, *records(self._tree, {name: self._nursery.pid(name) for name in self._tree.children}))
-        if tree != self._told:
-            self._told = tree
-            self._tell(HOST, TreeChanged(tree))
+        return (own, *records(self._tree, {name: self._nursery.pid(name) for name in self._tree.children}))

@@ -8,7 +8,20 @@ from .conversation import Ask, Call
 from .curve import CurveKeys, TcpInbox, TcpPeer
 from .envelope import Lane
 from .ledger import Entry, LedgerReader, LedgerWriter, read_ledger
-from .lifecycle import Failure, PeerDown, PeerUp, Ping, Pong, Progress, Ready, Stop, error_of, failure_of
+from .lifecycle import (
+    Failure,
+    NodeReport,
+    NodeReportRequest,
+    PeerDown,
+    PeerUp,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Stop,
+    error_of,
+    failure_of,
+)
 from .link_faults import LinkFaults
 from .local import LocalSystem
 from .logs import get_logger
@@ -35,6 +48,8 @@ __all__ = [
     "LocalSystem",
     "Node",
     "NodeConfig",
+    "NodeReport",
+    "NodeReportRequest",
     "PeerDown",
     "PeerUp",
     "Ping",

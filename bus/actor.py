@@ -13,7 +13,7 @@ from ..errors import ChipbusError
 from .clock import Clock
 from .conversation import Ask
 from .ledger import LedgerWriter
-from .lifecycle import Ready
+from .lifecycle import NodeReport, Ready
 from .timers import Timer
 
 __all__ = ["Actor", "Context", "handles"]
@@ -106,6 +106,10 @@ class Context(Protocol):
         """Linked names and their incarnations."""
         ...
 
+    def report(self) -> NodeReport:
+        """What this node is at."""
+        ...
+
     def counters(self) -> Mapping[str, int]:
         """Events since the start, by name: ``late_frames``, ``bad_frames``, ``foreign_frames``, ``dead_letters``, …"""
         ...
@@ -154,6 +158,10 @@ class Actor:
     def is_busy(self) -> bool:
         """Whether another thread of the actor has work, so that ``progress`` has to move; carried by every ``Pong``."""
         return False
+
+    def obeys(self, sender: str) -> bool:
+        """Whether ``sender`` may stop this node and tell it who is up or gone. Anybody linked may ask how it is."""
+        return True
 
     def handler_names(self) -> Mapping[type, str]:
         """Message type to method name, as declared with ``handles``."""

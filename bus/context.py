@@ -35,6 +35,7 @@ class BoundContext:
         self.peer_down = exchange.peers.down
         self.hold_stop = exchange.lifespan.hold
         self.stop = exchange.lifespan.finish
+        self.report = exchange.lifespan.report
         self._exchange = exchange
 
     @property

@@ -38,8 +38,8 @@ class Ask:
     """A question under way. Made by ``Context.ask``."""
 
     __slots__ = (
-        "_exchange", "_row", "correlation", "credited", "deadline_ns", "is_sent", "link", "next_item", "on_error",
-        "on_item", "on_reply", "quiet", "timer", "trace_id",
+        "_exchange", "_row", "began_ns", "correlation", "credited", "deadline_ns", "is_sent", "link", "next_item",
+        "on_error", "on_item", "on_reply", "quiet", "timer", "trace_id",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +54,7 @@ class Ask:
     ) -> None:
         self._exchange = exchange
         self._row = row
+        self.began_ns = exchange.clock.now_ns()
         self.deadline_ns = deadline_ns  # absolute, the bus's clock
         self.trace_id = trace_id  # 16 bytes
         self.on_reply = on_reply

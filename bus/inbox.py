@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Inbox"]
 
+GUESTS = "guest.*"
+"""In place of a name that is expected: any process of our user, under the name ``guest.PID``."""
 HALF_OPEN = 256  # peers that have said hello on one socket only
 
 
@@ -148,7 +150,8 @@ class Inbox:
             return f"uid {caller.uid} is not ours"
         if caller.pid != hello.pid:
             return f"pid {hello.pid} in its hello, but the kernel says {caller.pid}"
-        if self._expects is not None and hello.name not in self._expects:
+        is_guest = hello.name == f"guest.{caller.pid}"
+        if self._expects is not None and not (hello.name in self._expects or (is_guest and GUESTS in self._expects)):
             return f"nobody named {hello.name} is expected here"
         return ""
 

@@ -13,8 +13,8 @@ from .envelope import Lane
 from .registry import message
 
 __all__ = [
-    "Failure", "Hello", "PeerDown", "PeerUp", "Ping", "Pong", "Progress", "Ready", "Stop", "Welcome",
-    "error_of", "failure_of",
+    "Failure", "Hello", "NodeReport", "NodeReportRequest", "PeerDown", "PeerUp", "Ping", "Pong", "Progress", "Ready",
+    "Stop", "Welcome", "error_of", "failure_of",
 ]  # fmt: skip
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -110,6 +110,27 @@ class Pong:
     progress: int
     is_busy: bool = False
     ready: Ready | None = None  # what the actor last said of itself by ``Context.tell_ready``, once it has
+
+
+@message(0x0110, lane=Lane.HEALTH)
+@attrs.frozen
+class NodeReportRequest:
+    """What are you at? Reply: ``NodeReport``, by the node itself."""
+
+
+@message(0x0111, lane=Lane.HEALTH)
+@attrs.frozen(kw_only=True)
+class NodeReport:
+    """What one node is at. Times in seconds."""
+
+    age_s: float  # since it was made
+    mailbox: int  # messages that wait for its actor
+    open_asks: int  # questions of its own that are not answered
+    waits_for: str = ""  # message type of the oldest of them
+    waits_on: str = ""  # whom it was asked of
+    waits_s: float = 0.0  # since when
+    progress: int = 0
+    is_busy: bool = False
 
 
 @message(0x010A, lane=Lane.WORK)

@@ -63,6 +63,18 @@ def check(print_config: bool, numerics: bool, **options: Any) -> None:
     click.echo(resolved.as_toml() if print_config else run(resolved.config, numerics=numerics))
 
 
+@bus_run.command("top", context_settings=HELP)
+@click.argument("run_dir", required=False, type=click.Path(path_type=Path))
+@click.option("--once", is_flag=True, help="print the table once and leave")
+@click.option("--json", "json_once", is_flag=True, help="print one JSON object and leave")
+@with_traceback
+def top_command(run_dir: Path | None, once: bool, json_once: bool) -> None:
+    """What every process of the engine in RUN_DIR is at; without it, of the only engine of yours that runs."""
+    from .top import top
+
+    top(run_dir, once=once, json_once=json_once)
+
+
 @bus_run.command("graph", context_settings=HELP)
 @click.argument("model", default="demo")
 @click.option("--prefill", type=click.IntRange(1), metavar="TOKENS", help="pass over so many prompt tokens of one row")

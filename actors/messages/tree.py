@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from ...bus import Lane, message
+from ...bus import Lane, NodeReport, message
 
 __all__ = [
     "AllReplicaStatistics",
@@ -13,6 +13,7 @@ __all__ = [
     "CloseReport",
     "Condemn",
     "GroupLost",
+    "ProcessReport",
     "ReplicaStatistics",
     "ReplicaStatisticsRequest",
     "Shutdown",
@@ -20,6 +21,8 @@ __all__ = [
     "StartFailure",
     "TreeChanged",
     "TreeReady",
+    "TreeReport",
+    "TreeReportRequest",
 ]
 
 
@@ -161,3 +164,26 @@ class Condemn:
     child: str
     incarnation: int
     reason: str
+
+
+@message(0x040E, lane=Lane.HEALTH)
+@attrs.frozen
+class TreeReportRequest:
+    """Asked of the supervisor, by anybody of our user: what is everybody at? Reply: ``TreeReport``."""
+
+
+@attrs.frozen
+class ProcessReport:
+    """One process of the tree, and what its node says; None if it has none yet, or did not answer in time."""
+
+    record: ChildRecord
+    node: NodeReport | None
+
+
+@message(0x040F, lane=Lane.HEALTH)
+@attrs.frozen(kw_only=True)
+class TreeReport:
+    """The host application, the supervisor and every child, in start order."""
+
+    processes: tuple[ProcessReport, ...]
+    refused: int  # messages of guests that asked for more than this
