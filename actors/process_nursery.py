@@ -22,6 +22,7 @@ from ..bus.shortages import require_descriptors
 from ..errors import StartFailed
 from .boot import SUPERVISOR, ChildSpec
 from .heartbeats import Heartbeats
+from .journal import Journal
 from .lifecycle import NEVER_STARTED
 from .messages.warden import Exited, Pong, Preloaded, Spawned, SpawnRefused
 from .nursery import LifeEnd, NurseryEvents
@@ -73,6 +74,7 @@ class ProcessNursery:
         signals_fd: int,
         fate_fds: Iterable[int],
         stall_timeout_s: float,
+        journal: Journal,
     ) -> None:
         """wardens: already started, by preload. start_warden: makes another one of a preload; raises ``OSError``.
 
@@ -86,6 +88,7 @@ class ProcessNursery:
         self._signals_fd = signals_fd
         self._fate_fds = tuple(fate_fds)
         self._heartbeats = Heartbeats(stall_timeout_s)
+        self._journal = journal
         self._lives: dict[str, _Life] = {}
         self._weights: dict[str, int] = {}  # memory file of each child that keeps weights
         self._warden_texts: dict[str, tuple[str, str]] = {}
@@ -100,7 +103,7 @@ class ProcessNursery:
             ctx.watch(fd, lambda: os._exit(EXIT_ORPHANED))
         ctx.watch(self._signals_fd, self._on_signal)
         for warden in self._wardens.values():
-            ctx.watch(warden.fd, partial(self._on_warden, warden))
+            self._watch_warden(warden)
         self._beat()
         ctx.after(0.0, self._sweep)  # a warden may have ended before its death could be watched
 
@@ -228,8 +231,12 @@ class ProcessNursery:
         warden = self._wardens.get(preload)
         if warden is None:
             warden = self._wardens[preload] = self._start_warden(preload)
-            self._ctx.watch(warden.fd, partial(self._on_warden, warden))
+            self._watch_warden(warden)
         return warden
+
+    def _watch_warden(self, warden: Warden) -> None:
+        self._journal.made(f"warden.{warden.preload}", 1, warden.process.pid)
+        self._ctx.watch(warden.fd, partial(self._on_warden, warden))
 
     def _on_warden(self, warden: Warden) -> None:
         for message, pidfd in warden.receive():
@@ -255,6 +262,7 @@ class ProcessNursery:
 
     def _warden_ended(self, warden: Warden, status: ExitStatus) -> None:
         self._on_warden(warden)  # what it said before it died
+        self._journal.reaped(warden.process.pid)
         was_ready = warden.is_ready
         self._ctx.unwatch(warden.fd)
         unanswered = warden.ended()
@@ -286,6 +294,7 @@ class ProcessNursery:
             os.close(process.pidfd)
             return
         life.process = process
+        self._journal.made(name, incarnation, process.pid)
         self._ctx.log.info("child.spawned", child=name, life=incarnation, pid=process.pid, is_forked=is_forked)
         self._ctx.watch(process.pidfd, lambda: self._on_pidfd(life))
         if life.signum is not None:
@@ -300,6 +309,7 @@ class ProcessNursery:
         life.tether.drop_read_end()
         life.tether.cut()  # a child that was forked but never reported ends by this
         if life.process is not None:
+            self._journal.reaped(life.pid)
             self._ctx.unwatch(life.process.pidfd)
             os.close(life.process.pidfd)
         self._remove_sockets(life)

@@ -107,7 +107,7 @@ class ProcessTree:
             boot_path = boot.write()
         except OSError as error:
             raise cannot_write(self._run_dir.path / "boot.json", error.errno) from error
-        self._supervisor = spawn_supervisor(boot_path, self._run_dir.lock_fd)
+        self._supervisor = spawn_supervisor(boot_path, self._run_dir.lock_fd, token=self._run_dir.token)
         self._run_dir.give_up_lock()
         pidfd = self._supervisor.pidfd
         self.post(lambda: self._actor.ctx.watch(pidfd, self._supervisor_ended))
@@ -121,7 +121,7 @@ class ProcessTree:
         what, num_children = f"the {self._settings.what}", len(boot.children)
         require_limit(SUPERVISOR_DESCRIPTORS + CHILD_DESCRIPTORS * num_children, f"{what}'s supervisor")
         require_descriptors(HOST_DESCRIPTORS, what)
-        self._run_dir.require_room(1 + 2 * (1 + num_children))  # the boot file, and the sockets of each process
+        self._run_dir.require_room(2 + 2 * (1 + num_children))  # boot file, journal, and the sockets of each process
 
     def _run_bus(self) -> None:
         try:

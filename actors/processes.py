@@ -31,6 +31,7 @@ from ..errors import StartFailed
 __all__ = [
     "EXIT_FAILED",
     "EXIT_ORPHANED",
+    "RUN_VARIABLE",
     "SUPERVISOR_COMMAND",
     "ExitStatus",
     "Process",
@@ -40,6 +41,7 @@ __all__ = [
     "become_subreaper",
     "close_inherited_fds",
     "count_threads",
+    "environment_of",
     "fork",
     "is_dead",
     "live_by_tether",
@@ -55,6 +57,7 @@ __all__ = [
     "spawn",
     "spawn_supervisor",
     "start_session",
+    "start_time",
     "tether_is_cut",
     "try_reap",
     "wait_dead",
@@ -65,6 +68,9 @@ EXIT_FAILED = 1
 """A process of ours ended because its start, or its actor, failed; the reason was published before."""
 EXIT_ORPHANED = 69
 """A process of ours found its owner already dead (sysexits: service unavailable)."""
+
+RUN_VARIABLE = "CHIPBUS_RUN"
+"""In the environment of the supervisor and of every process below it: the token of their run."""
 
 SUPERVISOR_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "chipbus.actors.supervise")
 """What ``spawn_supervisor`` executes, before its arguments."""
@@ -313,6 +319,26 @@ def open_pidfd(pid: int) -> int:
     return os.pidfd_open(pid)
 
 
+def start_time(pid: int) -> int | None:
+    """When that process started, in clock ticks since boot; None if there is none, or it has ended and waits."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = stat[stat.rindex(")") + 2 :].split()  # from the third field on; a name may hold anything
+    return None if state in "ZX" else int(fields[18])
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment that process was executed with; empty if it is not ours to read."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (os.fsdecode(entry).partition("=") for entry in entries)
+    return {name: value for name, _, value in pairs}
+
+
 def is_dead(pidfd: int) -> bool:
     """Whether the process behind ``pidfd`` has ended, reaped or not. Never blocks."""
     return wait_dead(pidfd, 0.0)
@@ -461,11 +487,14 @@ class SupervisorHandle:
             self.process = attrs.evolve(self.process, pidfd=-1)
 
 
-def spawn_supervisor(boot_path: Path, lock_fd: int, command: Sequence[str] = SUPERVISOR_COMMAND) -> SupervisorHandle:
+def spawn_supervisor(
+    boot_path: Path, lock_fd: int, command: Sequence[str] = SUPERVISOR_COMMAND, *, token: str = ""
+) -> SupervisorHandle:
     """Start the supervisor process described by the boot file.
 
     ``lock_fd`` is the run directory's lock (``RunDirectory.lock_fd``); the supervisor and all its children inherit it.
     The supervisor dies with this process, whatever kills it. Raises ``StartFailed`` if it cannot be executed.
+    ``token``: of the run, for ``RUN_VARIABLE``; without one its journal names nobody who may be killed later.
     """
     if not command[0]:
         raise StartFailed("sys.executable is empty, so no process can be started; set it to a Python interpreter")
@@ -473,7 +502,8 @@ def spawn_supervisor(boot_path: Path, lock_fd: int, command: Sequence[str] = SUP
     arguments = [str(boot_path), str(tether.read_fd), str(lock_fd)]
     try:
         # Not armed here: if this process is killed now, the supervisor must live long enough to have it cleaned up.
-        process = spawn([*command, *arguments], pass_fds=(tether.read_fd, lock_fd))
+        environment = {**os.environ, RUN_VARIABLE: token}
+        process = spawn([*command, *arguments], pass_fds=(tether.read_fd, lock_fd), env=environment)
     except OSError as error:
         tether.cut()
         raise StartFailed(f"cannot start the supervisor process with {command[0]}: {error}") from error

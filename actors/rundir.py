@@ -25,6 +25,7 @@ import attrs
 from ..bus.addresses import MAX_PATH_BYTES, check_run_dir
 from ..bus.shortages import cannot_write, explain
 from ..errors import ConfigError, RunDirectoryInUse, StartFailed
+from .janitor import end_orphans
 
 __all__ = ["RunDirectory", "living_runtimes", "owner_of", "remove_when_free"]
 
@@ -80,6 +81,11 @@ class RunDirectory:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody else was faster by a moment
                 raise _in_use(path) from error
             raise cannot_write(path, error.errno) from error
+
+    @property
+    def token(self) -> str:
+        """The random word of this runtime."""
+        return self.owner.partition(" ")[2]
 
     def require_room(self, num_files: int) -> None:
         """Raise ``ConfigError`` unless that many further files, or sockets, can be made in it now."""
@@ -200,7 +206,7 @@ def _take_over(path: Path) -> None:
             text = f"run directory {path} has files and no lock, so it is none; name another path"
             raise ConfigError(text) from None
         return
-    if not _try_lock_and_remove(path, owner):
+    if not (_try_lock_and_remove(path, owner) or (end_orphans(path) and _try_lock_and_remove(path, owner))):
         raise _in_use(path)
 
 
@@ -227,7 +233,9 @@ def _remove_stale(parent: Path, prefix: str) -> None:
     for path in parent.glob(f"{glob.escape(prefix)}*"):
         with contextlib.suppress(OSError):  # another user's, or removed at this moment by its owner
             if path.stat().st_uid == os.getuid():
-                _try_lock_and_remove(path, (path / _LOCK).read_text())
+                owner = (path / _LOCK).read_text()
+                if not _try_lock_and_remove(path, owner) and end_orphans(path):
+                    _try_lock_and_remove(path, owner)
 
 
 def _try_lock_and_remove(path: Path, owner: str) -> bool:

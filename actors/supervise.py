@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from .boot import SUPERVISOR, Boot
-from .processes import become_subreaper, live_by_tether, open_pidfd, reset_signals, set_process_name, watch_signals
+from .processes import (
+    RUN_VARIABLE,
+    become_subreaper,
+    live_by_tether,
+    open_pidfd,
+    reset_signals,
+    set_process_name,
+    watch_signals,
+)
 from .wardens import LIGHT, WARDEN_COMMAND, Warden
 
 __all__ = ["main"]
@@ -39,6 +47,7 @@ def main(warden_command: Sequence[str] = WARDEN_COMMAND) -> NoReturn:
         wardens[preload] = start_warden(preload)
 
     from ..bus import Node, NodeConfig  # late: see the module docstring
+    from .journal import Journal
     from .logs import configure_logging
     from .process_nursery import ProcessNursery
     from .supervisor import SupervisorActor
@@ -47,7 +56,10 @@ def main(warden_command: Sequence[str] = WARDEN_COMMAND) -> NoReturn:
     record = None if boot.record is None else Path(boot.record)
     config = NodeConfig(name=SUPERVISOR, incarnation=1, run_dir=Path(boot.run_dir), seed=boot.seed, record=record)
     fate_fds = (int(tether_fd), open_pidfd(boot.host_pid))
-    nursery = ProcessNursery(Path(boot.run_dir), wardens, start_warden, signals_fd, fate_fds, boot.stall_timeout_s)
+    journal = Journal(Path(boot.run_dir), os.environ.get(RUN_VARIABLE, ""), boot.host_pid)
+    nursery = ProcessNursery(
+        Path(boot.run_dir), wardens, start_warden, signals_fd, fate_fds, boot.stall_timeout_s, journal
+    )
     node = Node(config, SupervisorActor(boot, nursery))
     node.expect(boot.expected_by(SUPERVISOR))
     node.run()

@@ -84,7 +84,9 @@ class Host:
         self.thread = threading.Thread(target=self.node.run, daemon=True)
         self.thread.start()
         assert self.listener.is_up.wait(WAIT_S)
-        self.handle: SupervisorHandle = spawn_supervisor(self.boot.write(), self.directory.lock_fd, SUPERVISOR_COMMAND)
+        self.handle: SupervisorHandle = spawn_supervisor(
+            self.boot.write(), self.directory.lock_fd, SUPERVISOR_COMMAND, token=self.directory.token
+        )
         self.directory.give_up_lock()
         self.report: CloseReport | None = None
 

@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 
 from ..actors.config import EngineConfig
+from ..actors.processes import RUN_VARIABLE
 from ..errors import ConfigError
 
 __all__ = [
@@ -90,7 +91,8 @@ def resolve_settings(flags: Mapping[str, str | None], environ: Mapping[str, str]
             source = f"file {file}"
             found[name] = (_check_typed(f"{name} in {file}", name, value), source)
     for variable, text in environ.items():
-        if variable.startswith(PREFIX) and not variable.startswith(RESERVED_PREFIX):
+        is_ours = variable.startswith(PREFIX) and not variable.startswith(RESERVED_PREFIX)
+        if is_ours and variable != RUN_VARIABLE:  # which says where this process is, not what is wanted
             name = _known_variable(variable)
             found[name] = (parse_text(variable, value_type(name), text), f"variable {variable}")
     for name, flag_text in flags.items():
