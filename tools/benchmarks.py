@@ -1,5 +1,5 @@
-"""What ``bus-run bench`` measures, kernels apart. Nothing here is a test: each prints figures with the machine they
-hold for.
+"""What ``bus-run bench`` measures, kernels and bus apart. Nothing here is a test: each prints figures with the machine
+they hold for.
 
 Owns: the processes it times, one at a time. Engines to compare run in fine alternation, for machines drift.
 """
@@ -30,10 +30,9 @@ from ..errors import WorkerError
 from .check import table
 from .progress import progress_view
 
-__all__ = ["bus", "engine", "machine", "start", "worker"]
+__all__ = ["answering", "engine", "machine", "start", "worker"]
 
 _START_TIMEOUT_S = 300.0
-_ROUND_TRIPS = 2000  # per round
 _RUNS = 300  # per round, of an L3 worker
 _FURTHER = 50  # programs of one orchestration
 
@@ -120,36 +119,12 @@ def _run(command: Sequence[str]) -> None:
         raise WorkerError(f"{' '.join(command[1:])} ended with exit code {done.returncode}: {last}")
 
 
-def bus(rounds: int) -> None:
-    """Print round trips of an ask between two node processes, and its ratio to bare sockets in the same run."""
-    from ..bus.bench import PAYLOAD_BYTES, BarePair, NodePair
-
-    configure_logging("warning", "bench")
-    took: dict[str, list[float]] = {"ask": [], "bare sockets": []}
-    ratios = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, contextlib.ExitStack() as stack:
-        run_dir = Path(name)
-        pairs: dict[str, NodePair | BarePair] = {}
-        for side, kind, pair in (("ask", "nodes", NodePair), ("bare sockets", "bare", BarePair)):
-            stack.enter_context(_answering(kind, run_dir))
-            pairs[side] = pair(run_dir)
-            stack.callback(pairs[side].close)
-        for number in range(rounds + 1):  # the first warms up
-            medians = {side: statistics.median(pair.measure(_ROUND_TRIPS)) / 1000 for side, pair in pairs.items()}
-            if number:
-                for side, median in medians.items():
-                    took[side].append(median)
-                ratios.append(medians["ask"] / medians["bare sockets"])
-    click.echo(f"{machine()}; {PAYLOAD_BYTES} B, medians of {_ROUND_TRIPS} round trips, {rounds} rounds, interleaved")
-    _print_rows({"ask": (took["ask"], "µs"), "bare sockets": (took["bare sockets"], "µs"), "ratio": (ratios, "x")})
-
-
 def worker(device: str, rounds: int) -> None:
     """Print what an L3 worker adds to its kernels: per run, per further program, per task; and how it ends."""
     import numpy as np
 
     from ..actors.l3 import L3Worker, Orchestrator
-    from ..bus.bench import NodePair
+    from ..bus.bench_nodes import NodePair
     from ..kernels.bench_tasks import task_overhead_us, touch
     from ..kernels.faults import Fault
 
@@ -159,7 +134,7 @@ def worker(device: str, rounds: int) -> None:
     closing: list[float] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as name, contextlib.ExitStack() as stack:
         run_dir = Path(name)
-        stack.enter_context(_answering("nodes", run_dir))
+        stack.enter_context(answering("nodes", run_dir))
         pair = NodePair(run_dir)
         stack.callback(pair.close)
         running = stack.enter_context(L3Worker(touch, devices=[device]))
@@ -210,7 +185,7 @@ def worker(device: str, rounds: int) -> None:
 
 
 @contextlib.contextmanager
-def _answering(kind: str, run_dir: Path) -> Iterator[None]:
+def answering(kind: str, run_dir: Path) -> Iterator[None]:
     """The answering side in a process of its own, until the block ends."""
     command = [sys.executable, "-m", "chipbus.bus.bench", kind, str(run_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:  # noqa: S603 (our own)

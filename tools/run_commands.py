@@ -6,6 +6,7 @@ Owns: nothing.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +196,16 @@ def bench_worker(device: str, rounds: int) -> None:
 
 
 @bench.command("bus", context_settings=HELP)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="of each, interleaved")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="measured; one more goes before")
+@click.option(
+    "--peers", metavar="PYTHON", default=sys.executable,
+    help="interpreter of an environment with xoscar, uvloop and ray; default: this one",
+)  # fmt: skip
+@click.option("--lives", is_flag=True, help="also start, kill and end processes; minutes")
+@click.option("--json", "json_file", type=_FILE, help="write every value of every round")
 @with_traceback
-def bench_bus(rounds: int) -> None:
-    """Round trip of an ask between two node processes, against bare pyzmq sockets in the same run."""
-    from .benchmarks import bus
+def bench_bus(rounds: int, peers: str, lives: bool, json_file: Path | None) -> None:
+    """What the bus and the supervisor promise, messages and processes, beside other systems in the same run."""
+    from .bus_bench import bus
 
-    bus(rounds)
+    bus(rounds, peers=peers, lives=lives, json_file=json_file)
