@@ -105,6 +105,10 @@ class AsyncEngine:
         """As ``Engine.tree``."""
         return list(self._runtime.tree())
 
+    async def drain(self, replica: str, timeout_s: float = 60.0, *, stays_down: bool = False) -> bool:
+        """See ``Engine.drain``."""
+        return await asyncio.to_thread(lambda: self._runtime.drain(replica, timeout_s, stays_down=stays_down))
+
     @property
     def run_dir(self) -> str:
         """See ``Engine.run_dir``."""

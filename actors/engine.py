@@ -136,6 +136,14 @@ class Engine:
         """Every process of this engine: name, kind, pid, parent, state, incarnation, restarts."""
         return list(self._runtime.tree())
 
+    def drain(self, replica: str, timeout_s: float = 60.0, *, stays_down: bool = False) -> bool:
+        """Give a replica ("replica.0") no new requests, let those it has end, then start it afresh, or leave it down.
+
+        Requests that have not ended within ``timeout_s`` go on at another replica; none is lost. Returns whether all
+        had ended. Raises ``ConfigError`` if there is no such replica, it is not ready, or is the last one.
+        """
+        return self._runtime.drain(replica, timeout_s, stays_down=stays_down)
+
     @property
     def run_dir(self) -> str:
         """Where its sockets are, for ``bus-run top``; gone when the engine is closed."""

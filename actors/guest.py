@@ -1,4 +1,4 @@
-"""A look at somebody's running engine from outside: a guest on its bus, who may ask for a report and nothing else.
+"""A look at somebody's running engine from outside: a guest on its bus, who may ask for a report or a drain.
 
 Owns: a node and its thread, while it visits. It needs the run directory and the same user, no more.
 """
@@ -15,9 +15,9 @@ from typing import Any, Self
 
 from ..bus import Actor, Node, NodeConfig
 from ..bus.addresses import check_run_dir, inbox_paths
-from ..errors import ChipbusError, EngineDead
+from ..errors import ChipbusError, ConfigError, EngineDead
 from .boot import SUPERVISOR
-from .messages.tree import TreeReport, TreeReportRequest
+from .messages.tree import Drain, Drained, TreeReport, TreeReportRequest
 
 __all__ = ["Guest"]
 
@@ -72,7 +72,20 @@ class Guest:
         assert isinstance(answer, TreeReport)
         return answer
 
-    def ask(self, message: Any) -> Any:
+    def drain(self, replica: str, timeout_s: float, *, stays_down: bool) -> bool:
+        """Have a replica ended when its requests have, or after ``timeout_s``; whether they all had.
+
+        Raises ``ConfigError`` if it cannot be drained, ``EngineDead`` if the supervisor does not answer.
+        """
+        answer = self.ask(Drain(replica=replica, timeout_s=timeout_s, stays_down=stays_down), timeout_s + _TIMEOUT_S)
+        if isinstance(answer, ConfigError):
+            raise answer
+        if isinstance(answer, ChipbusError):
+            raise EngineDead(f"the supervisor in {self._run_dir} does not answer: {answer}")
+        assert isinstance(answer, Drained)
+        return answer.is_empty
+
+    def ask(self, message: Any, timeout_s: float = _TIMEOUT_S) -> Any:
         """The supervisor's answer to ``message``, or the error in its place."""
         answered = threading.Event()
         answers: list[Any] = []
@@ -82,10 +95,10 @@ class Guest:
             answered.set()
 
         def ask() -> None:
-            self._actor.ctx.ask(SUPERVISOR, message, timeout_s=_TIMEOUT_S, on_reply=settle, on_error=settle)
+            self._actor.ctx.ask(SUPERVISOR, message, timeout_s=timeout_s, on_reply=settle, on_error=settle)
 
         self._actor.ctx.call_soon_threadsafe(ask)
-        answered.wait(_TIMEOUT_S + 1)
+        answered.wait(timeout_s + 1)
         return answers[0] if answers else EngineDead("nothing was heard in time")
 
     def close(self) -> None:

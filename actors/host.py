@@ -14,7 +14,7 @@ from ..errors import Aborted, BadFrame, ChipbusError, PeerGone, WorkerDied
 from .attempts import Attempts
 from .boot import SUPERVISOR
 from .messages.serving import Encoded, Generate, TextDelta, TextDone
-from .messages.tree import AllReplicaStatistics, GroupLost, ReplicaStatistics, ReplicaStatisticsRequest
+from .messages.tree import AllReplicaStatistics, Drain, Drained, GroupLost, ReplicaStatistics, ReplicaStatisticsRequest
 from .request import RequestState
 from .tree_actor import TreeActor
 
@@ -115,6 +115,16 @@ class HostActor(TreeActor):
         del self._requests[request.message.request_id]
         request.state.failed(self._dead or error)
         self.refresh_statistics(None)
+
+    def drain(self, message: Drain, on_done: Callable[[Drained | ChipbusError], None]) -> None:
+        """Pass a drain on to the supervisor."""
+
+        def on_reply(reply: object) -> None:
+            assert isinstance(reply, Drained)
+            on_done(reply)
+
+        timeout_s = message.timeout_s + STATISTICS_TIMEOUT_S
+        self.ctx.ask(SUPERVISOR, message, timeout_s=timeout_s, on_reply=on_reply, on_error=on_done)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request; its pages are freed within a step. Unknown or ended ids are ignored."""

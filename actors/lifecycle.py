@@ -39,6 +39,7 @@ __all__ = [
     "ChildStalled",
     "ChildStarted",
     "Event",
+    "GroupDrained",
     "Kill",
     "Phase",
     "Spawn",
@@ -251,6 +252,15 @@ class ChildStalled:
 
 
 @attrs.frozen
+class GroupDrained:
+    """The group of this child has nothing left to do: end it politely, and start it afresh unless it stays down."""
+
+    name: str
+    incarnation: int
+    stays_down: bool
+
+
+@attrs.frozen
 class ChildFailed:
     """The child says that it cannot start. ``error``: class name in chipbus.errors."""
 
@@ -296,6 +306,7 @@ Event = (
     | ChildCondemned
     | ChildStalled
     | ChildDied
+    | GroupDrained
     | StopAll
     | Tick
 )
@@ -393,6 +404,8 @@ def step(tree: Tree, event: Event, now_s: float) -> tuple[Tree, tuple[Action, ..
             turn.condemned(name, incarnation, reason)
         case ChildStalled(name, incarnation, reason):
             turn.stalled(name, incarnation, reason)
+        case GroupDrained(name, incarnation, stays_down):
+            turn.drained(name, incarnation, stays_down=stays_down)
         case ChildDied(name, incarnation):
             turn.died(event)
         case StopAll(budget_s):
@@ -491,6 +504,18 @@ class _Turn:
             self._fail_start(name, "StartFailed", f"{name}: {reason}")
         else:
             self._kill_faulty(name, reason, dumps_stack=True)
+
+    def drained(self, name: str, incarnation: int, *, stays_down: bool) -> None:
+        child = self._current(name, incarnation)
+        if child is None or child.status is not Status.READY:
+            return
+        if stays_down:
+            self._give_up(name, f"{name} was drained, and is to stay down")
+            return
+        stop = Stop(self._now_s, self._now_s + _GROUP_STOP_S)
+        for other in _group(self._children, child):
+            if self._children[other].status in (Status.STARTING, Status.READY):
+                self._stop(other, stop, is_to_restart=True)
 
     def died(self, event: ChildDied) -> None:
         child = self._current(event.name, event.incarnation)

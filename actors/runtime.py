@@ -15,11 +15,11 @@ from typing import Any
 import attrs
 
 from ..bus import Progress, pack_tokens
-from ..errors import RequestInvalid
+from ..errors import ChipbusError, RequestInvalid
 from .host import HostActor
 from .manifest import write_manifest
 from .messages.serving import ChatTurn, Generate
-from .messages.tree import ChildRecord, CloseReport
+from .messages.tree import ChildRecord, CloseReport, Drain, Drained
 from .outputs import Statistics
 from .plan import EnginePlan
 from .process_tree import ProcessTree, TreeSettings
@@ -125,6 +125,24 @@ class Runtime:
             device_ns=sum(r.device_ns for r in rows),
             restarts=sum(r.restarts for r in self._host.tree),
         )
+
+    def drain(self, replica: str, timeout_s: float, *, stays_down: bool) -> bool:
+        """End a replica when its requests have ended; whether they had within ``timeout_s``."""
+        self.processes.check_usable()
+        answers: list[Drained | ChipbusError] = []
+        answered = threading.Event()
+
+        def settle(answer: Drained | ChipbusError) -> None:
+            answers.append(answer)
+            answered.set()
+
+        message = Drain(replica=replica, timeout_s=timeout_s, stays_down=stays_down)
+        self.processes.post(lambda: self._host.drain(message, settle))
+        while not answered.wait(0.2):
+            self.processes.check_usable()
+        if isinstance(answers[0], ChipbusError):
+            raise answers[0]
+        return answers[0].is_empty
 
     def close(self) -> CloseReport:
         """Stop every process under one deadline and report how each ended. A second call returns the same report."""

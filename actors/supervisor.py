@@ -36,6 +36,7 @@ from ..bus import (
 )
 from ..errors import BusError, ChipbusError, MailboxFull, PeerGone, StartFailed
 from .boot import HOST, SUPERVISOR, Boot
+from .draining import Draining
 from .heartbeats import Heartbeats
 from .lifecycle import (
     NEVER_STARTED,
@@ -75,6 +76,7 @@ from .messages.tree import (
     ChildRecord,
     CloseReport,
     Condemn,
+    Drain,
     GroupLost,
     ProcessReport,
     ReplicaStatistics,
@@ -127,6 +129,7 @@ class SupervisorActor(Actor):
         self._is_to_end = False  # when everything is stopped
         self._is_leaving = False
         self._lost: list[GroupLost] = []
+        self._draining = Draining(self._feed)
         self._guests: set[str] = set()
         self._refused = 0  # messages of guests
         self._heartbeats = Heartbeats(boot.stall_timeout_s)
@@ -185,14 +188,14 @@ class SupervisorActor(Actor):
         return sender == HOST
 
     def refuses_guest(self, message: object, call: Call | None) -> bool:
-        """Whether the message being handled is a guest's, who may ask for a report and nothing else."""
+        """Whether the message being handled is a guest's, who may ask for a report or a drain, and nothing else."""
         sender = self.ctx.sender
         if sender == HOST or sender in self._tree.children:
             return False
         self._refused += 1
         self.ctx.log.warning("guest.refused", guest=sender, message=type(message).__name__)
         if call is not None:
-            call.fail(BusError(f"{sender} is a guest: it may ask for a report, and nothing else"))
+            call.fail(BusError(f"{sender} is a guest: it may ask for a report or a drain, and nothing else"))
         return True
 
     def _let_in(self, name: str) -> None:
@@ -382,6 +385,14 @@ class SupervisorActor(Actor):
                 on_error=partial(fail, name),
             )
 
+    # Messages from the host or a guest.
+
+    @handles(Drain)
+    def _drain(self, message: Drain, call: Call | None) -> None:
+        if call is not None:
+            self._draining.begin(self.ctx, self._tree, message, call)
+            self._tell_tree()
+
     # Events from the nursery.
 
     def _terminated(self) -> None:
@@ -530,4 +541,6 @@ class SupervisorActor(Actor):
             name=SUPERVISOR, kind=SUPERVISOR, pid=self._nursery.pid(SUPERVISOR), parent="",
             state=state.get(self._tree.phase, "starting"), incarnation=1, restarts=0,
         )  # fmt: skip
-        return (own, *records(self._tree, {name: self._nursery.pid(name) for name in self._tree.children}))
+        children = records(self._tree, {name: self._nursery.pid(name) for name in self._tree.children})
+        draining = self._draining.names
+        return (own, *(attrs.evolve(r, state="draining") if r.name in draining else r for r in children))

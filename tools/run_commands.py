@@ -76,6 +76,23 @@ def top_command(run_dir: Path | None, once: bool, json_once: bool) -> None:
     top(run_dir, once=once, json_once=json_once)
 
 
+@bus_run.command("drain", context_settings=HELP)
+@click.argument("replica")
+@click.argument("run_dir", required=False, type=click.Path(path_type=Path))
+@click.option("--timeout", "timeout_s", type=click.FloatRange(0.1), default=60.0, show_default=True,
+              help="seconds for its requests to end; those that have not go on at another replica")  # fmt: skip
+@click.option("--stay-down", is_flag=True, help="do not start it again")
+@with_traceback
+def drain_command(replica: str, run_dir: Path | None, timeout_s: float, stay_down: bool) -> None:
+    """Give REPLICA (replica.0, …) no new requests, let those it has end, then start it afresh.
+
+    Of the engine in RUN_DIR; without it, of the only engine of yours that runs. No request is lost.
+    """
+    from .drain import drain
+
+    drain(replica, run_dir, timeout_s, stays_down=stay_down)
+
+
 @bus_run.command("graph", context_settings=HELP)
 @click.argument("model", default="demo")
 @click.option("--prefill", type=click.IntRange(1), metavar="TOKENS", help="pass over so many prompt tokens of one row")

@@ -12,6 +12,8 @@ __all__ = [
     "ChildRecord",
     "CloseReport",
     "Condemn",
+    "Drain",
+    "Drained",
     "GroupLost",
     "ProcessReport",
     "ReplicaStatistics",
@@ -34,7 +36,7 @@ class ChildRecord:
     kind: str  # supervisor | tokenizer | router | replica | chip
     pid: int  # 0 while there is none
     parent: str  # logical parent: "supervisor", or the replica whose group it belongs to; "" for the supervisor
-    state: str  # new | starting | ready | stopping | backoff | gone
+    state: str  # new | starting | ready | draining | stopping | backoff | gone
     incarnation: int  # n-th life, from 1
     restarts: int
     last_exit: str = ""  # "", "exit code 1", "signal 9 (SIGKILL)", "not ready within 30 s: …"
@@ -187,3 +189,24 @@ class TreeReport:
 
     processes: tuple[ProcessReport, ...]
     refused: int  # messages of guests that asked for more than this
+
+
+@message(0x040C, lane=Lane.CHILD)
+@attrs.frozen(kw_only=True)
+class Drain:
+    """Asked of the supervisor by the host, or by a guest: end a replica as soon as its requests have ended.
+
+    Reply: ``Drained``. Errors: ``ConfigError`` if there is no such replica, it is not ready, or the last one.
+    """
+
+    replica: str  # node name of its core
+    timeout_s: float  # for its requests to end; those that have not go on elsewhere
+    stays_down: bool = False  # instead of being started afresh
+
+
+@message(0x040D, lane=Lane.CHILD)
+@attrs.frozen
+class Drained:
+    """The supervisor's reply: the replica is being ended. ``is_empty``: all its requests had ended by themselves."""
+
+    is_empty: bool

@@ -17,6 +17,8 @@ from chipbus.actors.local_nursery import LocalNursery
 from chipbus.actors.messages.tree import (
     ChildRecord,
     CloseReport,
+    Drain,
+    Drained,
     GroupLost,
     Shutdown,
     StartFailure,
@@ -312,4 +314,52 @@ def test_while_one_replica_is_stuck_the_others_go_on_and_none_of_its_requests_wa
     engine.system.run_until(lambda: all(state.is_over for state in states))
     for number, state in enumerate(states):
         assert list(state.whole().outputs[0].token_ids) == expected_tokens([20 + number], 20)
+    assert engine.close().left == ()
+
+
+def drain(engine: LocalEngine, replica: str, timeout_s: float, *, stays_down: bool = False) -> list[object]:
+    heard: list[object] = []
+    engine.host.drain(Drain(replica=replica, timeout_s=timeout_s, stays_down=stays_down), heard.append)
+    return heard
+
+
+@pytest.mark.guarantee("S54")
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("timeout_s", [60.0, 1e-6])
+def test_a_drained_replica_ends_or_hands_on_its_requests_and_comes_back(seed: int, timeout_s: float) -> None:
+    engine = LocalEngine(seed, replicas=2)
+    params = SamplingParams(seed=0, max_tokens=20, ignore_eos=True)
+    states = [engine.submit([20 + n], params) for n in range(4)]
+    router = engine.actors["router"]
+    assert isinstance(router, RouterActor)
+    engine.system.run_until(lambda: all(router.load().values()))
+
+    heard = drain(engine, "replica.1", timeout_s)
+    engine.system.run_until(lambda: heard != [])
+    assert isinstance(heard[0], Drained)
+    assert heard[0].is_empty == (timeout_s > 1)
+    engine.system.run_until(lambda: all(state.is_over for state in states))
+    for number, state in enumerate(states):
+        assert list(state.whole().outputs[0].token_ids) == expected_tokens([20 + number], 20)
+    engine.system.run_until(engine.is_idle)
+    assert {r.name: r.incarnation for r in engine.host.tree if r.kind in ("replica", "chip")} == {
+        "replica.0": 1, "chip.0.0": 1, "replica.1": 2, "chip.1.0": 2,
+    }  # fmt: skip
+    assert engine.close().left == ()
+
+
+def test_a_replica_can_be_drained_for_good_but_not_the_last_one() -> None:
+    engine = LocalEngine(3, replicas=2)
+    said = []
+    for replica, stays_down in [("replica.7", False), ("replica.0", True), ("replica.0", False), ("replica.1", True)]:
+        heard = drain(engine, replica, 5.0, stays_down=stays_down)
+        engine.system.run_until(lambda h=heard: h != [])  # type: ignore[misc]
+        said.append(str(heard[0]))
+    assert said[0] == "'replica.7' is no replica of this engine; its replicas are replica.0, replica.1"
+    assert said[1] == "Drained(is_empty=True)"
+    assert said[2].removeprefix("replica.0 is ").partition(";")[0] in ("gone", "stopping")
+    assert said[3] == "replica.1 is the last replica that serves, so it cannot stay down; drain it without that"
+    state = engine.submit([20], SamplingParams(seed=0, max_tokens=5, ignore_eos=True))
+    engine.system.run_until(lambda: state.is_over)
+    assert state.whole().replica == 1
     assert engine.close().left == ()

@@ -149,6 +149,34 @@ def test_the_other_replica_takes_over() -> None:
         assert [reader.tokens for reader in readers] == [undisturbed, undisturbed]
 
 
+@pytest.mark.guarantee("E15")
+def test_a_replica_is_drained_from_outside_and_its_requests_lose_nothing() -> None:
+    with Engine("demo", chip="null", data_parallel_size=2) as engine:
+        undisturbed = [t for d in engine.stream([1, 2, 3], LONG) for t in d.outputs[0].token_ids]
+        readers = [Reader(engine, [1, 2, 3]), Reader(engine, [1, 2, 3])]
+        command = [sys.executable, "-P", "-m", "chipbus.tools.bus_run", "drain"]
+        done = subprocess.run(
+            [*command, "replica.1", engine.run_dir, "--timeout", "0.1"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert (done.returncode, done.stdout.startswith("replica.1 is started afresh")) == (0, True), done.stderr
+        for reader in readers:
+            assert reader.ended.wait(20)
+            reader.thread.join()
+            assert (reader.error, reader.tokens) == (None, undisturbed)
+        eventually(lambda: incarnation_of(engine, "replica.1") == (2, "ready"), "replica 1 is back")
+        assert incarnation_of(engine, "replica.0") == (1, "ready")
+        assert engine.drain("replica.1") is True
+        refused = subprocess.run(
+            [*command, "replica.7", engine.run_dir], capture_output=True, text=True, timeout=30, check=False
+        )
+        assert refused.returncode == 2
+        assert "its replicas are replica.0, replica.1" in refused.stderr
+
+
 @pytest.mark.guarantee("E4")
 def test_a_killed_supervisor_is_engine_dead_not_a_hang() -> None:
     with Engine("demo", chip="null") as engine:
