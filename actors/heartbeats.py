@@ -15,7 +15,7 @@ import attrs
 
 __all__ = ["Heartbeats", "Stall"]
 
-_LONGEST_INTERVAL_S = 1.0
+_LONGEST_INTERVAL_S = 2.0
 _BEATS_PER_TIMEOUT = 4
 _ROUNDING_S = 1e-9  # four quarters are a whole
 

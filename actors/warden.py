@@ -33,6 +33,7 @@ import structlog
 
 from ..bus import Node, NodeConfig
 from ..bus.lifecycle import failure_of
+from ..bus.registry import schema_hash
 from ..bus.shortages import explain, require_descriptors
 from ..errors import ChipbusError, StartFailed
 from .boot import SUPERVISOR, Boot, ChildSpec
@@ -121,6 +122,7 @@ class _Warden:
                 os._exit(EXIT_FAILED)
             if any(events & select.POLLHUP for _, events in self._poll.poll(0)):
                 self._end_orphaned()
+        schema_hash()  # 6 ms of digests and decoders, once for all children instead of in each
         gc.collect()
         gc.freeze()  # what was imported is never garbage, and collecting it would copy its pages in every child
         self._tell(Preloaded(time.monotonic() - began_s))
