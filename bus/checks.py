@@ -60,6 +60,8 @@ class Checks:
                     self._ask_after(link, ask)
         if is_needed:
             self.begin()
+        else:
+            exchange.deadlines.rest()
 
     def _quiet_of(self, ask: Ask) -> Quiet:
         """Made at the first tick that finds the ask open: most are answered long before."""
@@ -104,10 +106,10 @@ class Checks:
             ask.credited = taken = ask.next_item
             self._send(link, CREDIT, ask.lane, ask.correlation, ask.trace_id, taken, ANSWER_BOUND, control=True)
 
-    def conclude(self, link: Link, envelope: Envelope) -> None:
-        """A CHECKED was taken out of the mailbox, after all answers that it was sent behind."""
-        exchange, sent = self._exchange, envelope.position
-        ask = link.asks.get(envelope.correlation)
+    def conclude(self, link: Link, correlation: int, sent: int) -> None:
+        """A CHECKED was taken out of the mailbox, after all answers that it was sent behind; ``sent``: its position."""
+        exchange = self._exchange
+        ask = link.asks.get(correlation)
         if ask is None:
             return  # answered, or given up, meanwhile
         if ask.deadline_ns <= exchange.clock.now_ns():

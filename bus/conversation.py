@@ -38,8 +38,8 @@ class Ask:
     """A question under way. Made by ``Context.ask``."""
 
     __slots__ = (
-        "_exchange", "_row", "began_ns", "correlation", "credited", "deadline_ns", "is_sent", "link", "next_item",
-        "on_error", "on_item", "on_reply", "quiet", "timer", "trace_id",
+        "_exchange", "began_ns", "correlation", "credited", "deadline_ns", "is_open", "is_sent", "link", "next_item",
+        "on_error", "on_item", "on_reply", "quiet", "row", "trace_id",
     )  # fmt: skip
 
     def __init__(
@@ -53,14 +53,14 @@ class Ask:
         on_item: Callable[[Any], None] | None,
     ) -> None:
         self._exchange = exchange
-        self._row = row
+        self.row = row  # of the message that was asked
         self.began_ns = exchange.clock.now_ns()
         self.deadline_ns = deadline_ns  # absolute, the bus's clock
         self.trace_id = trace_id  # 16 bytes
         self.on_reply = on_reply
         self.on_error = on_error
         self.on_item = on_item
-        self.timer: Timer | None = None  # None: ended
+        self.is_open = True  # neither answered, failed nor cancelled
         self.link: Link | None = None
         self.correlation = 0
         self.next_item = 0
@@ -71,41 +71,21 @@ class Ask:
     @property
     def what(self) -> str:
         """Name of the message that was asked."""
-        return self._row.cls.__name__
+        return self.row.cls.__name__
 
     @property
     def lane(self) -> int:
         """Lane of the message that was asked."""
-        return self._row.lane
-
-    def opened(self, timer: Timer) -> None:
-        """It is under way; ``timer`` ends it. For the exchange."""
-        self.timer = timer
-
-    def addressed(self, link: Link, correlation: int) -> None:
-        """It leaves for a peer, now or when there is credit. For the exchange."""
-        self.link = link
-        self.correlation = correlation
-
-    @property
-    def is_open(self) -> bool:
-        """Neither answered, failed nor cancelled."""
-        return self.timer is not None
+        return self.row.lane
 
     def cancel(self) -> None:
         """Give up: the callee is told, and no callback of this ask runs any more. Idempotent."""
-        if self.timer is not None:
+        if self.is_open:
             self._exchange.give_up(self, CANCELLED)
-
-    def expire(self) -> None:
-        """Its deadline passed; called by its timer."""
-        self._exchange.expire(self)
 
     def end(self) -> None:
         """Close without calling anybody; for the exchange."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+        self.is_open = False
         if self.link is not None:
             self.link.asks.pop(self.correlation, None)
 

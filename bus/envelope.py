@@ -26,6 +26,7 @@ __all__ = [
     "MAX_BODY_BYTES",
     "MAX_FRAME_BYTES",
     "NO_TRACE",
+    "PLAIN_HEADER",
     "REPLY",
     "STREAM",
     "TELL",
@@ -35,7 +36,9 @@ __all__ = [
     "Envelope",
     "Kind",
     "Lane",
+    "ends_of",
     "envelope_of",
+    "head_of",
     "name_id",
     "record_at",
     "seal",
@@ -44,6 +47,8 @@ __all__ = [
 
 VERSION = 1
 HEADER = struct.Struct("<BBHHHQQIII16sQI")
+PLAIN_HEADER = struct.Struct("<QQQ12s16sQI")
+"""The same 64 bytes in fewer fields, for the hot path: see ``head_of`` and ``ends_of``."""
 MAX_FRAME_BYTES = 64 * 2**20
 MAX_BODY_BYTES = MAX_FRAME_BYTES - HEADER.size
 NO_TRACE = bytes(16)
@@ -113,6 +118,16 @@ class Envelope(NamedTuple):
 def name_id(name: str) -> int:
     """The four bytes that stand for a node's name in a header."""
     return zlib.crc32(name.encode())
+
+
+def head_of(kind: int, type_id: int, lane: int) -> int:
+    """The first eight bytes of a record, version to aux_frames, as one number: equal for all messages of a class."""
+    return int.from_bytes(HEADER.pack(VERSION, kind, type_id, lane, 0, 0, 0, 0, 0, 0, NO_TRACE, 0, 0)[:8], "little")
+
+
+def ends_of(source: int, destination: int, incarnation: int) -> bytes:
+    """The twelve bytes from source to incarnation: equal for all messages of one direction of a link."""
+    return struct.pack("<III", source, destination, incarnation)
 
 
 def seal(

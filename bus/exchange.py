@@ -19,6 +19,7 @@ from .checks import Checks
 from .clock import NS_PER_S, Clock
 from .conversation import BROKEN, CANCEL_REASONS, CANCELLED, EXPIRED, STREAM_WINDOW, Ask, Call
 from .credits import WORK_CREDIT, WORK_CREDIT_BYTES, cost_of
+from .deadlines import Deadlines
 from .envelope import (
     ASK,
     CANCEL,
@@ -26,10 +27,11 @@ from .envelope import (
     CHECKED,
     CREDIT,
     ERROR,
+    HEADER_BYTES,
     NO_TRACE,
+    PLAIN_HEADER,
     REPLY,
     STREAM,
-    TELL,
     WORK,
     Envelope,
     Kind,
@@ -44,18 +46,23 @@ from .lifecycle import error_of, failure_of
 from .lifespan import Lifespan
 from .link import ANSWER_BOUND, OUT_BOUND, Link
 from .logs import get_logger
-from .mailbox import Letter, Mailbox
+from .mailbox import Letter, Mailbox, letter_of
 from .peers import Peers
 from .ports import Codec, Driver, WireCodec
 from .recording import envelope_fields
-from .registry import encode, lookup, type_of
+from .registry import PLAIN, encode, lookup, type_of
 from .timers import TimerQueue
 
 __all__ = ["Exchange"]
 
 LONGEST_TIMEOUT_S = 1e9  # 31 years, so that a deadline fits into its field
 HALF_CREDIT = WORK_CREDIT_BYTES // 2
+SMALL = 1024  # bytes of a body that are copied faster than viewed
 EXIT_SOFTWARE = 70  # sysexits.h: internal software error
+CAUGHT = (Exception, SystemExit)
+"""Whatever a handler raises belongs to its call, not to the loop."""
+
+pack, unpack_from = PLAIN_HEADER.pack, PLAIN_HEADER.unpack_from
 
 
 class Exchange:
@@ -84,12 +91,16 @@ class Exchange:
         self.mailbox = Mailbox()
         self.peers = Peers(self, driver)
         self.checks = Checks(self)
+        self.deadlines = Deadlines(self)
         self.counters: Counter[str] = Counter()
         self.sender = ""
         self.sender_incarnation = 0
         self.is_finished = False
-        self._id = name_id(name)
-        self._codec = codec or WireCodec()
+        self.id = name_id(name)
+        codec = codec or WireCodec()
+        self._encode, self._decode = codec.encode, codec.decode
+        self._trace_begin = self.random.randbytes(8)
+        self._asked = 0
         self._links = self.peers.links
         self.lifespan = Lifespan(self, driver)
         self._handlers = self.lifespan.handlers()
@@ -102,14 +113,14 @@ class Exchange:
         """See ``Context.tell``."""
         link = self._link_to(to)
         row = type_of(message)
-        body = self._codec.encode(message)
-        if row.lane != WORK:
+        body = self._encode(message)
+        if not row.is_work:
             link.sequence += 1
-            self.send(link, TELL, row.type_id, row.lane, link.sequence, 0, NO_TRACE, 0, body, OUT_BOUND)
+            self._send_plain(link, row.tell_head, True, link.sequence, 0, NO_TRACE, 0, body, OUT_BOUND)
         elif link.work_sent < link.work_limit:
             link.sequence += 1
             total = link.work_sent + cost_of(len(body))
-            self.send(link, TELL, row.type_id, WORK, link.sequence, 0, NO_TRACE, total, body, OUT_BOUND)
+            self._send_plain(link, row.tell_head, False, link.sequence, 0, NO_TRACE, total, body, OUT_BOUND)
             link.work_sent = total
             if self.checks.timer is None:
                 self.checks.begin()
@@ -132,9 +143,12 @@ class Exchange:
         """See ``Context.ask``."""
         row = type_of(message)
         deadline_ns = self.clock.now_ns() + max(1, int(min(timeout_s, LONGEST_TIMEOUT_S) * NS_PER_S))
-        trace_id = trace_id or self.random.randbytes(16)
+        if not trace_id:
+            self._asked += 1
+            trace_id = self._trace_begin + self._asked.to_bytes(8, "little")
         ask = Ask(self, row, deadline_ns, trace_id, on_reply, on_error, on_item)
-        ask.opened(self.timers.at(deadline_ns, ask.expire))
+        if deadline_ns < self.deadlines.next_ns:
+            self.deadlines.look_at(deadline_ns)
         if wait_for_link and to not in self._links and not self.is_finished and self.peers.park(to, ask, message):
             return ask
         self.start(ask, to, message)
@@ -144,14 +158,13 @@ class Exchange:
         """Send an ask that is open; what prevents it is delivered soon, never raised."""
         try:
             link = self._link_to(to)
-            row = type_of(message)
-            body = self._codec.encode(message)
+            body = self._encode(message)
             link.sequence += 1
-            ask.addressed(link, link.sequence)
-            if ask.lane == WORK and link.work_sent >= link.work_limit:
-                link.wait(ask, row.type_id, body, OUT_BOUND)
+            ask.link, ask.correlation = link, link.sequence
+            if ask.row.is_work and link.work_sent >= link.work_limit:
+                link.wait(ask, body, OUT_BOUND)
             else:
-                self._send_ask(link, ask, row.type_id, body)
+                self._send_ask(link, ask, body)
         except BusError as error:
             ask.link = None
             self._fail_soon(ask, error)
@@ -160,10 +173,12 @@ class Exchange:
             if self.checks.timer is None:
                 self.checks.begin()
 
-    def _send_ask(self, link: Link, ask: Ask, type_id: int, body: bytes) -> None:
-        lane = ask.lane
-        total = link.work_sent + cost_of(len(body)) if lane == WORK else 0
-        self.send(link, ASK, type_id, lane, ask.correlation, ask.deadline_ns, ask.trace_id, total, body, OUT_BOUND)
+    def _send_ask(self, link: Link, ask: Ask, body: bytes) -> None:
+        row, correlation = ask.row, ask.correlation
+        total = link.work_sent + cost_of(len(body)) if row.is_work else 0
+        self._send_plain(
+            link, row.ask_head, not row.is_work, correlation, ask.deadline_ns, ask.trace_id, total, body, OUT_BOUND
+        )  # fmt: skip
         ask.is_sent = True
         if total:
             link.work_sent = total
@@ -178,11 +193,16 @@ class Exchange:
         if link is None:
             self.count("late_answers")
             return False
-        type_id, body = type_of(message).type_id, self._codec.encode(message)
+        row, body = type_of(message), self._encode(message)
+        correlation, trace_id, position = call.correlation, call.trace_id, call.next_item
         try:
-            self.send(
-                link, kind, type_id, call.lane, call.correlation, 0, call.trace_id, call.next_item, body, ANSWER_BOUND
-            )  # fmt: skip
+            if call.lane == WORK and kind in row.answer_heads:
+                head = row.answer_heads[kind]
+                self._send_plain(link, head, False, correlation, 0, trace_id, position, body, ANSWER_BOUND)
+            else:
+                self.send(
+                    link, kind, row.type_id, call.lane, correlation, 0, trace_id, position, body, ANSWER_BOUND
+                )  # fmt: skip
         except MailboxFull as error:  # the asker finds out when it checks
             self.count("streams_overrun", peer=link.peer)
             call.cancelled(str(error))
@@ -238,6 +258,24 @@ class Exchange:
             raise PeerGone(f"{self.name} has {'stopped' if self.is_finished else f'no link to {name}'}")
         return link
 
+    def _send_plain(
+        self,
+        link: Link,
+        head: int,
+        control: bool,
+        correlation: int,
+        deadline_ns: int,
+        trace_id: bytes,
+        position: int,
+        body: bytes,
+        bound: int,
+    ) -> None:
+        """``send`` for most messages: what they have in common was put together before, see ``envelope.head_of``."""
+        record = pack(head, correlation, deadline_ns, link.ends_out, trace_id, position, len(body)) + body
+        (link.port or link).put(control, record, bound)
+        if self.ledger is not None:
+            self.record("out", link.peer, link.incarnation, envelope_of(record))
+
     def send(
         self,
         link: Link,
@@ -255,7 +293,7 @@ class Exchange:
     ) -> None:
         """One record of a link; the fields are those of ``Envelope``. Raises ``MailboxFull`` and ``BadFrame``."""
         record = seal(
-            kind, type_id, lane, correlation, deadline_ns, self._id, link.peer_id, self.incarnation, trace_id, position,
+            kind, type_id, lane, correlation, deadline_ns, self.id, link.peer_id, self.incarnation, trace_id, position,
             body,
         )  # fmt: skip
         (link.port or link).put(control or lane < WORK, record, bound)
@@ -265,7 +303,7 @@ class Exchange:
     def handshake(self, kind: Kind, message: Any, peer: str, peer_incarnation: int) -> bytes:
         """A HELLO, WELCOME or REFUSE as a record; it goes out before there is a link."""
         record = seal(
-            kind, type_of(message).type_id, Lane.CHILD, 0, 0, self._id, name_id(peer), self.incarnation, NO_TRACE, 0,
+            kind, type_of(message).type_id, Lane.CHILD, 0, 0, self.id, name_id(peer), self.incarnation, NO_TRACE, 0,
             encode(message),
         )  # fmt: skip
         self.record("out", peer, peer_incarnation, envelope_of(record))
@@ -275,11 +313,17 @@ class Exchange:
 
     def receive(self, peer: str, frame: bytes, *, control: bool) -> None:
         """A frame from a linked peer. Bytes that are no record of it are counted and dropped, never raised."""
-        view, offset, end = memoryview(frame), 0, len(frame)
+        offset, end = 0, len(frame)
+        view: memoryview | None = None
         try:
             while True:
-                envelope, body, offset = record_at(view, offset)
                 link = self._links.get(peer)
+                if link is not None and not control:
+                    offset = self._receive_plain(link, frame, offset)
+                    if offset == end and offset:
+                        return
+                view = view or memoryview(frame)
+                envelope, body, offset = record_at(view, offset)
                 if link is None or envelope.incarnation != link.incarnation or envelope.source != link.peer_id:
                     self.count("late_frames", peer=peer, from_incarnation=envelope.incarnation)
                 else:
@@ -289,16 +333,56 @@ class Exchange:
         except BadFrame as error:
             self.count("bad_frames", peer=peer, error=str(error))
 
+    def _receive_plain(self, link: Link, frame: bytes, offset: int) -> int:
+        """Put the records of a frame into the mailbox as long as they are plain; the offset of the first that is not.
+
+        Plain is a tell, an ask or an answer in the WORK lane, of a message we know, whole, from this life of this peer
+        to us, and, unless it is an answer, new: all that the long way, which the others take, would find nothing to say
+        about. A head that is in the table has the right version, kind, lane and flags, and nothing that is done here
+        runs code of an actor, so what is looked up before the first record holds until the last.
+        """
+        work, end = self.mailbox.work, len(frame)
+        if (
+            link.cancelled
+            or self.is_finished
+            or self.ledger is not None
+            or not self.mailbox.has_room_for(end // HEADER_BYTES)
+        ):
+            return offset
+        ends_in, seen = link.ends_in, link.seen[False]
+        while offset + HEADER_BYTES <= end:
+            head, correlation, deadline_ns, ends, trace_id, position, body_bytes = unpack_from(frame, offset)
+            begin = offset + HEADER_BYTES
+            after = begin + body_bytes
+            plain = PLAIN.get(head)
+            if plain is None or ends != ends_in or after > end:
+                break
+            kind, type_id = plain
+            call = None
+            if kind <= ASK:
+                if correlation <= seen:
+                    break
+                if kind == ASK:
+                    if not deadline_ns:
+                        break
+                    call = link.calls[correlation] = Call(self, link, correlation, WORK, deadline_ns, trace_id)
+                seen = correlation
+            body = frame[begin:after] if body_bytes <= SMALL else memoryview(frame)[begin:after]
+            work.append((link, kind, type_id, WORK, correlation, position, body, call))
+            offset = after
+        link.seen[False] = seen
+        return offset
+
     def _accept(self, link: Link, envelope: Envelope, body: memoryview, control: bool) -> None:
         if self.ledger is not None:
             self.record("in", link.peer, link.incarnation, envelope)
         kind = envelope.kind
-        if envelope.destination != self._id:
+        if envelope.destination != self.id:
             raise BadFrame(f"a record from {link.peer} is for another node")
         if kind <= ASK:
             self._accept_request(link, envelope, body, control)
         elif kind <= ERROR or kind == CHECKED:
-            self.mailbox.push((link, envelope, body, None))
+            self.mailbox.push(letter_of(link, envelope, body, None))
         elif kind == CANCEL:
             self._accept_cancel(link, envelope)
         elif kind == CREDIT:
@@ -333,7 +417,7 @@ class Exchange:
         else:
             if self.is_finished:
                 self._reject(call, "dead_letters", PeerGone(f"{self.name} has stopped"), link)
-            elif self.mailbox.offer((link, envelope, body, call)):
+            elif self.mailbox.offer(letter_of(link, envelope, body, call)):
                 return
             else:
                 counter = "dead_letters" if call is None else "overloaded_asks"
@@ -369,10 +453,10 @@ class Exchange:
         elif link.credit(envelope.position):
             link.quiet.heard()
             while link.waiting and link.work_sent < link.work_limit:
-                ask, type_id, body = link.waiting.popleft()
+                ask, body = link.waiting.popleft()
                 if ask.is_open:
                     try:
-                        self._send_ask(link, ask, type_id, body)
+                        self._send_ask(link, ask, body)
                     except BusError as error:
                         self._fail_soon(ask, error)
 
@@ -388,18 +472,33 @@ class Exchange:
 
     def serve(self, *, control_only: bool = False) -> bool:
         """Handle the most urgent letter; False if there is none."""
-        letter = self.mailbox.pop(control_only=control_only)
+        letter = self.mailbox.pop(control_only)
         if letter is None or self.is_finished:
             return False
-        link, envelope, _, _ = letter
-        if envelope.kind > ASK:
+        link, kind, type_id, lane, _, position, body, call = letter
+        if kind > ASK:
             self._serve_answer(letter)
-        else:
-            if envelope.position - link.work_told >= HALF_CREDIT and envelope.flags == WORK:
-                self.checks.tell_taken(link, envelope.position)
-            self.sender, self.sender_incarnation = link.peer, link.incarnation
-            self._serve_request(letter)
-            self.sender = ""
+            return True
+        if position - link.work_told >= HALF_CREDIT and lane == WORK:
+            self.checks.tell_taken(link, position)
+        if call is not None and not self._may_start(link, call):
+            return True
+        try:
+            message = self._decode(type_id, body)
+        except BadFrame as error:
+            self._reject(call, "bad_frames", error, link)
+            return True
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            name = type(message).__name__
+            self._reject(call, "dead_letters", BusError(f"{self.name} does not handle {name}"), link)
+            return True
+        self.sender, self.sender_incarnation = link.peer, link.incarnation
+        try:  # as ``guard`` does
+            handler(message, call)
+        except CAUGHT as error:
+            self._failed(type(message).__name__, call, error)
+        self.sender = ""
         return True
 
     def serve_answers(self, link: Link) -> None:
@@ -407,42 +506,30 @@ class Exchange:
         for letter in self.mailbox.take_answers(link):
             self._serve_answer(letter)
 
-    def _serve_request(self, letter: Letter) -> None:
-        link, envelope, body, call = letter
-        if call is not None:
-            if not call.is_open:
-                self.count("cancelled_before_start")
-                return
-            if call.deadline_ns <= self.clock.now_ns():
-                late = DeadlineExceeded(f"the deadline passed before {self.name} could start")
-                self._reject(call, "expired_before_start", late, link)
-                return
-        try:
-            message = self._codec.decode(envelope.type_id, body)
-        except BadFrame as error:
-            self._reject(call, "bad_frames", error, link)
-            return
-        kind = type(message)
-        handler = self._handlers.get(kind)
-        if handler is None:
-            self._reject(call, "dead_letters", BusError(f"{self.name} does not handle {kind.__name__}"), link)
-        else:
-            self.guard(kind.__name__, call, handler, message, call)
+    def _may_start(self, link: Link, call: Call) -> bool:
+        """Somebody still waits for the answer of a call that was taken out of the mailbox."""
+        if call.link is None:
+            self.count("cancelled_before_start")
+            return False
+        if call.deadline_ns <= self.clock.now_ns():
+            late = DeadlineExceeded(f"the deadline passed before {self.name} could start")
+            self._reject(call, "expired_before_start", late, link)
+            return False
+        return True
 
     def _serve_answer(self, letter: Letter) -> None:
-        link, envelope, body, _ = letter
-        kind, position = envelope.kind, envelope.position
+        link, kind, type_id, _, correlation, position, body, _ = letter
         if kind == CHECKED:
-            self.checks.conclude(link, envelope)
+            self.checks.conclude(link, correlation, position)
             return
-        ask = link.asks.get(envelope.correlation)
+        ask = link.asks.get(correlation)
         if ask is None or (kind == STREAM and position < ask.next_item):
-            self._drop_answer(link, envelope)
+            self._drop_answer(link, correlation, kind)
             return
         try:
             if kind != ERROR and position != ask.next_item:
                 raise AnswerLost(f"item {ask.next_item} of the answer to {ask.what} by {link.peer} is missing")
-            message = self._codec.decode(envelope.type_id, body)
+            message = self._decode(type_id, body)
             if kind == ERROR:
                 message = error_of(message)
         except (AnswerLost, BadFrame) as error:
@@ -464,24 +551,26 @@ class Exchange:
         else:
             self.guard("on_error", None, ask.on_error, message)
 
-    def _drop_answer(self, link: Link, envelope: Envelope) -> None:
+    def _drop_answer(self, link: Link, correlation: int, kind: int) -> None:
         """Of an ask that was given up, or was answered already."""
-        correlation = envelope.correlation
         is_late = correlation > link.sequence or correlation in link.given_up
-        self.count("late_frames" if is_late else "duplicates", peer=link.peer, kind=Kind(envelope.kind).name)
+        self.count("late_frames" if is_late else "duplicates", peer=link.peer, kind=Kind(kind).name)
 
     def guard(self, what: str, call: Call | None, callback: Callable[..., None], *arguments: Any) -> None:
         """Run code of the actor; what it raises fails ``call`` and is logged, and the actor goes on living."""
         try:
             callback(*arguments)
-        except (SystemExit, MemoryError) as error:
+        except CAUGHT as error:
+            self._failed(what, call, error)
+
+    def _failed(self, what: str, call: Call | None, error: BaseException) -> None:
+        if isinstance(error, (SystemExit, MemoryError)):
             self.log.critical("actor.fatal", handler=what, error=repr(error), exit_code=EXIT_SOFTWARE)
             os._exit(EXIT_SOFTWARE)
-        except Exception as error:  # whatever a handler raises belongs to its call, not to the loop
-            self.counters["handler_failures"] += 1
-            self.log.error("actor.handler_failed", handler=what, error=repr(error), exc_info=True)
-            if call is not None and call.is_open:
-                call.fail(error if isinstance(error, ChipbusError) else ChipbusError(repr(error)))
+        self.counters["handler_failures"] += 1
+        self.log.error("actor.handler_failed", handler=what, error=repr(error), exc_info=True)
+        if call is not None and call.is_open:
+            call.fail(error if isinstance(error, ChipbusError) else ChipbusError(repr(error)))
 
     # What is written down.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import BadFrame, MailboxFull
 from .credits import WORK_CREDIT_BYTES
-from .envelope import name_id
+from .envelope import ends_of, name_id
 from .ports import Port
 from .quiet import Quiet
 
@@ -45,14 +45,18 @@ class Link:
     """State shared with one life of one peer. Pending until it has a port; then records wait in the backlog."""
 
     __slots__ = (
-        "_backlog", "asks", "calls", "cancelled", "cancels", "given_up", "incarnation", "peer", "peer_id", "port",
-        "quiet", "seen", "sequence", "waiting", "work_limit", "work_returned", "work_sent", "work_told",
+        "_backlog", "asks", "calls", "cancelled", "cancels", "ends_in", "ends_out", "given_up", "incarnation", "peer",
+        "peer_id", "port", "quiet", "seen", "sequence", "waiting", "work_limit", "work_returned", "work_sent",
+        "work_told",
     )  # fmt: skip
 
-    def __init__(self, peer: str, incarnation: int) -> None:
+    def __init__(self, peer: str, incarnation: int, our_id: int, our_incarnation: int) -> None:
+        """our_id: ``name_id`` of the node at this end."""
         self.peer = peer
         self.incarnation = incarnation
         self.peer_id = name_id(peer)
+        self.ends_out = ends_of(our_id, self.peer_id, our_incarnation)  # in each record we send
+        self.ends_in = ends_of(self.peer_id, our_id, incarnation)  # in each we receive
         self.port: Port | None = None
         self.sequence = 0  # of the last tell or ask sent
         self.seen = [0, 0]  # sequence of the last tell or ask received: data socket, control socket
@@ -66,7 +70,7 @@ class Link:
         self.work_limit = WORK_CREDIT_BYTES  # what it may cost before more is returned
         self.work_told = 0  # how much of its work we have taken, as far as we have said
         self.quiet = Quiet()  # of our work
-        self.waiting: deque[tuple[Ask, int, bytes]] = deque()  # asks without credit: type id, body; oldest first
+        self.waiting: deque[tuple[Ask, bytes]] = deque()  # asks without credit, with their bodies; oldest first
         self._backlog: list[tuple[bool, bytes]] = []
 
     def put(self, control: bool, record: bytes, bound: int) -> None:
@@ -75,13 +79,13 @@ class Link:
             raise MailboxFull(f"{len(self._backlog)} messages wait for the link to {self.peer}; at most {bound} may")
         self._backlog.append((control, record))
 
-    def wait(self, ask: Ask, type_id: int, body: bytes, bound: int) -> None:
+    def wait(self, ask: Ask, body: bytes, bound: int) -> None:
         """Keep an ask until there is credit for it. Raises ``MailboxFull``."""
         if len(self.waiting) >= bound:  # some may have been cancelled meanwhile
             self.waiting = deque(entry for entry in self.waiting if entry[0].is_open)
         if len(self.waiting) >= bound:
             raise MailboxFull(f"{len(self.waiting)} asks wait until {self.peer} takes more; at most {bound} may")
-        self.waiting.append((ask, type_id, body))
+        self.waiting.append((ask, body))
 
     def credit(self, taken: int) -> bool:
         """The peer has taken that much of our work, ever; False if it is old news. Raises ``BadFrame``."""

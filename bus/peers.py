@@ -32,8 +32,11 @@ class Peers:
         """See ``Context.connect``. A life that is over, or linked already, is left alone."""
         if self.refusal(name, incarnation):
             return
-        self.links[name] = Link(name, incarnation)
+        self.links[name] = self._link(name, incarnation)
         self._driver.make_link(name, incarnation)
+
+    def _link(self, name: str, incarnation: int) -> Link:
+        return Link(name, incarnation, self._exchange.id, self._exchange.incarnation)
 
     def refusal(self, name: str, incarnation: int) -> str:
         """Why this life of a peer may not be linked; empty if it may. A younger life replaces an older one."""
@@ -48,7 +51,7 @@ class Peers:
 
     def up(self, name: str, incarnation: int, port: Port) -> None:
         """A transport to a peer works both ways."""
-        link = self.links.setdefault(name, Link(name, incarnation))
+        link = self.links.setdefault(name, self._link(name, incarnation))
         link.open(port)
         for ask, message in self._parked.pop(name, ()):
             if ask.is_open:

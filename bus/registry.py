@@ -14,10 +14,11 @@ import attrs
 import msgspec
 
 from ..errors import BadFrame
-from .envelope import MAX_BODY_BYTES, Lane
+from .envelope import ASK, MAX_BODY_BYTES, REPLY, STREAM, TELL, WORK, Lane, head_of
 from .schema import describe
 
 __all__ = [
+    "PLAIN",
     "MessageType",
     "compare_schemas",
     "decode",
@@ -45,12 +46,19 @@ class MessageType:
     version: int
     merge: Callable[[Any, Any], Any] | None
     """The class's ``merge(self, later)``: one stream item that says what both say, or None."""
+    is_work: bool
+    tell_head: int
+    ask_head: int
+    answer_heads: dict[int, int]
+    """By kind, REPLY and STREAM, in the WORK lane. See ``envelope.head_of``."""
 
 
 _BY_ID: dict[int, MessageType] = {}
 _BY_CLASS: dict[type, MessageType] = {}
 _DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {}
 _DIGESTS: dict[int, bytes] = {}
+PLAIN: dict[int, tuple[int, int]] = {}
+"""(kind, type id) of each head that a record of the WORK lane may have: tells and asks that belong there, answers."""
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -67,7 +75,15 @@ def register(type_id: int, cls: type, *, lane: Lane, version: int = 1) -> None:
     if cls in _BY_CLASS:
         raise ValueError(f"{cls.__qualname__} is registered already, as {_BY_CLASS[cls].type_id:#06x}")
     merge = getattr(cls, "merge", None)
-    _BY_ID[type_id] = _BY_CLASS[cls] = MessageType(type_id, cls, lane, version, merge if callable(merge) else None)
+    row = MessageType(
+        type_id, cls, lane, version, merge if callable(merge) else None, lane == WORK,
+        head_of(TELL, type_id, lane), head_of(ASK, type_id, lane),
+        {kind: head_of(kind, type_id, WORK) for kind in (REPLY, STREAM)},
+    )  # fmt: skip
+    _BY_ID[type_id] = _BY_CLASS[cls] = row
+    PLAIN.update({head: (kind, type_id) for kind, head in row.answer_heads.items()})
+    if row.is_work:
+        PLAIN.update({row.tell_head: (TELL, type_id), row.ask_head: (ASK, type_id)})
 
 
 def message(type_id: int, lane: Lane, version: int = 1) -> Callable[[type[T]], type[T]]:

@@ -324,7 +324,7 @@ def test_a_recorded_node_writes_every_envelope_it_sends_and_receives(nodes: Any,
 
 
 def test_a_message_over_the_limit_is_refused_where_it_is_sent(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chipbus.bus.envelope.MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr("chipbus.bus.registry.MAX_BODY_BYTES", 1000)
     server, asker = Server(), Asker()
     _, asking = linked(nodes, server, asker)
     errors: list[Exception] = []
@@ -339,7 +339,7 @@ def test_a_message_over_the_limit_is_refused_where_it_is_sent(nodes: Any, monkey
     asking.do(talk)
 
     eventually(lambda: asker.heard == [3], "the next answer")
-    assert "over the bus's limit of 1000" in str(errors[0])
+    assert "at most 1000 fit into a message" in str(errors[0])
 
 
 def test_a_recording_that_cannot_be_made_is_refused_before_anything_runs(run_dir: Path, tmp_path: Path) -> None:
