@@ -102,7 +102,7 @@ class Call:
         self, exchange: Exchange, link: Link, correlation: int, lane: int, deadline_ns: int, trace_id: bytes
     ) -> None:
         self._exchange = exchange
-        self._callbacks: list[Callable[[str], None]] = []
+        self._callbacks: tuple[Callable[[str], None], ...] = ()
         self._cancel_reason: str | None = None
         self._timer: Timer | None = None
         self.link: Link | None = link  # None: ended
@@ -193,7 +193,7 @@ class Call:
             reason = self._cancel_reason
             self._exchange.soon(lambda: callback(reason))
         elif self.link is not None:
-            self._callbacks.append(callback)
+            self._callbacks += (callback,)
             if self._timer is None:  # the asker cancels at the deadline, but it may be stopped itself
                 self._timer = self._exchange.timers.at(
                     self.deadline_ns, lambda: self.cancelled(CANCEL_REASONS[EXPIRED])
@@ -211,7 +211,7 @@ class Call:
 
     def _close(self) -> None:
         link, self.link = self.link, None
-        self._callbacks = []
+        self._callbacks = ()
         self._held = None
         if link is not None:
             link.calls.pop(self.correlation, None)

@@ -169,7 +169,7 @@ class Inbox:
 
     def _refuse(self, door: Door, route: bytes, hello: Hello, reason: str) -> None:
         failure = Failure("BusError", f"{self._exchange.name} refused the link: {reason}")
-        channel = Channel(door.socket, route)
+        channel = Channel(door.socket, route, self._sockets.poll.used)
         channel.queue.append(self._exchange.handshake(Kind.REFUSE, failure, hello.name, hello.incarnation))
         try:
             channel.flush()
@@ -189,7 +189,7 @@ class Inbox:
             if self._callers.get(name) is caller:
                 del self._callers[name]
 
-        data, control = (Channel(half.door.socket, half.route) for half in halves)
+        data, control = (Channel(half.door.socket, half.route, self._sockets.poll.used) for half in halves)
         connection = self._sockets.connection(name, control, data, retire, is_far=bool(caller.name))
         for is_control in (False, True):
             welcome = Welcome(name=self._exchange.name, incarnation=self._exchange.incarnation)

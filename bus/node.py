@@ -27,6 +27,7 @@ from .exchange import Exchange
 from .farclock import FarConnection
 from .inbox import Inbox
 from .ledger import LedgerWriter
+from .poll import Poll
 from .ports import Driver
 from .shortages import explain, require_descriptors
 from .uplink import Uplink
@@ -73,7 +74,7 @@ class Sockets:
     def __init__(self, exchange: Exchange, driver: Driver) -> None:
         self.exchange = exchange
         self.watch, self.unwatch = driver.watch, driver.unwatch
-        self.poller = zmq.Poller()
+        self.poll = Poll()
         self.readers: dict[zmq.Socket[bytes], Reader] = {}
         self._open: set[zmq.Socket[bytes]] = set()
         self._broken: set[tuple[str, int]] = set()
@@ -97,7 +98,7 @@ class Sockets:
     def add_reader(self, socket: zmq.Socket[bytes], reader: Reader) -> None:
         """Poll a socket for its reader."""
         self.readers[socket] = reader
-        self.poller.register(socket, zmq.POLLIN)
+        self.poll.add_socket(socket)
 
     def mark_dirty(self, connection: Connection) -> None:
         """Flush this connection at the end of the turn."""
@@ -144,7 +145,7 @@ class Sockets:
 
     def close(self, socket: zmq.Socket[bytes]) -> None:
         """Close one socket that has a reader, dropping what it has not sent."""
-        self.poller.unregister(socket)
+        self.poll.remove_socket(socket)
         del self.readers[socket]
         self.drop(socket)
 
@@ -271,31 +272,29 @@ class Node:
         """See ``Context``."""
         assert self._sockets is not None, "descriptors are watched by a running node"
         self._watches[fd] = callback
-        self._sockets.poller.register(fd, zmq.POLLIN)
+        self._sockets.poll.add_descriptor(fd)
 
     def unwatch(self, fd: int) -> None:
         """See ``Context``."""
         if self._watches.pop(fd, None) is not None and self._sockets is not None:
-            self._sockets.poller.unregister(fd)
+            self._sockets.poll.remove_descriptor(fd)
 
     # The loop.
 
     def _turn(self, sockets: Sockets) -> None:
         exchange = self._exchange
         data: list[Reader] = []
-        readable: list[int] = []
-        for source, _ in sockets.poller.poll(self._timeout_ms(sockets)):
-            if isinstance(source, int):
-                readable.append(source)
-            elif (reader := sockets.readers.get(source)) is None:
+        readable, descriptors = sockets.poll.wait(self._timeout_ms(sockets))
+        for socket in readable:
+            if (reader := sockets.readers.get(socket)) is None:
                 continue  # closed by what an earlier socket had to say
-            elif reader.control:
+            if reader.control:
                 reader.read()
             else:
                 data.append(reader)
         while len(exchange.mailbox) and exchange.serve(control_only=True):
             pass
-        for fd in readable:
+        for fd in descriptors:
             if not exchange.is_finished and (callback := self._watches.get(fd)):
                 exchange.guard("watch", None, callback)
         now_ns = self._clock.now_ns()

@@ -124,7 +124,7 @@ class Uplink:
         else:
             control = data = far
         self._ends = (_End(self, sockets, data, False), _End(self, sockets, control, True))
-        channels = [Channel(end.socket, None) for end in self._ends]
+        channels = [Channel(end.socket, None, sockets.poll.used) for end in self._ends]
         self._connection = sockets.connection(name, channels[1], channels[0], self.close, is_far=far is not None)
 
     def welcomed(self) -> None:

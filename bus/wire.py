@@ -23,18 +23,21 @@ FRAME_BYTES = 2**20  # above this a record travels alone
 
 
 class Channel:
-    """The out-queue towards one peer on one socket. ``route``: routing id on a ROUTER, None on a DEALER."""
+    """The out-queue towards one peer on one socket."""
 
-    __slots__ = ("_frame", "_route", "_socket", "queue")
+    __slots__ = ("_frame", "_route", "_socket", "_used", "queue")
 
-    def __init__(self, socket: zmq.Socket[bytes], route: bytes | None) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], route: bytes | None, used: set[zmq.Socket[bytes]]) -> None:
+        """route: routing id on a ROUTER, None on a DEALER. used: see ``Poll``."""
         self._socket = socket
+        self._used = used
         self._route = route
         self.queue: deque[bytes] = deque()  # records, oldest first
         self._frame = b""  # joined, but the socket would not take it yet
 
     def flush(self) -> bool:
         """Hand all to the socket; False if it would not take everything now. ``ZMQError`` if the peer is gone."""
+        self._used.add(self._socket)
         while self._frame or self.queue:
             frame = self._frame or self._join()
             try:
@@ -63,10 +66,11 @@ class Channel:
         queue = self.queue
         if len(queue) == 1:
             return queue.popleft()
-        records = [queue.popleft()]
-        size = len(records[0])
-        while queue and len(records) < FRAME_RECORDS and (size := size + len(queue[0])) <= FRAME_BYTES:
-            records.append(queue.popleft())
+        records = [queue.popleft() for _ in range(min(len(queue), FRAME_RECORDS))]
+        size = sum(map(len, records))
+        while size > FRAME_BYTES and len(records) > 1:
+            queue.appendleft(records.pop())
+            size -= len(queue[0])
         return b"".join(records)
 
 
