@@ -142,7 +142,7 @@ class Exchange:
     ) -> Ask:
         """See ``Context.ask``."""
         row = type_of(message)
-        timeout_ns = int((timeout_s if timeout_s < LONGEST_TIMEOUT_S else LONGEST_TIMEOUT_S) * NS_PER_S)
+        timeout_ns = int((LONGEST_TIMEOUT_S if timeout_s > LONGEST_TIMEOUT_S else timeout_s) * NS_PER_S)
         deadline_ns = self.clock.now_ns() + (timeout_ns if timeout_ns > 0 else 1)
         if not trace_id:
             self._asked += 1
