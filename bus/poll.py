@@ -53,7 +53,8 @@ class Poll:
         """
         sockets: list[zmq.Socket[bytes]] = []
         if self.used:
-            sockets = [socket for socket, _ in zmq.zmq_poll([(socket, IN) for socket in self.used], 0)]
+            asked = [(socket, IN) for socket in self.used]
+            sockets = [socket for socket, _ in zmq.zmq_poll(asked, 0)]  # type: ignore[misc] # the ones it was given
             self.used.clear()
         descriptors = []
         for fd, _ in self._poll.poll(0 if sockets else timeout_ms):

@@ -66,7 +66,7 @@ def test_an_answered_ask_leaves_no_timer_behind() -> None:
 
     pair.system.run_until(lambda: pair.asker.heard == [2] and not len(pair.exchange.timers))
 
-    assert pair.system.clock.now_ns() - began_ns <= NS_PER_S
+    assert pair.system.clock.now_ns() - began_ns < 10 * NS_PER_S
     assert pair.exchange.deadlines.next_ns == NEVER_NS
 
 
