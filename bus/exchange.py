@@ -111,7 +111,9 @@ class Exchange:
 
     def tell(self, to: str, message: Any) -> None:
         """See ``Context.tell``."""
-        link = self._link_to(to)
+        link = self._links.get(to)
+        if link is None or self.is_finished:
+            raise self._gone(to)
         row = type_of(message)
         body = self._encode(message)
         if not row.is_work:
@@ -158,7 +160,9 @@ class Exchange:
     def start(self, ask: Ask, to: str, message: Any) -> None:
         """Send an ask that is open; what prevents it is delivered soon, never raised."""
         try:
-            link = self._link_to(to)
+            link = self._links.get(to)
+            if link is None or self.is_finished:
+                raise self._gone(to)
             body = self._encode(message)
             link.sequence += 1
             ask.link, ask.correlation = link, link.sequence
@@ -253,11 +257,8 @@ class Exchange:
 
         self.soon(deliver)
 
-    def _link_to(self, name: str) -> Link:
-        link = self._links.get(name)
-        if link is None or self.is_finished:
-            raise PeerGone(f"{self.name} has {'stopped' if self.is_finished else f'no link to {name}'}")
-        return link
+    def _gone(self, name: str) -> PeerGone:
+        return PeerGone(f"{self.name} has {'stopped' if self.is_finished else f'no link to {name}'}")
 
     def _send_plain(
         self,

@@ -77,7 +77,7 @@ class Channel:
 class Connection:
     """Both channels to one peer: the ``Port`` its link sends through."""
 
-    __slots__ = ("_channels", "_is_dirty", "_is_open", "_mark_dirty", "_on_close", "peer")
+    __slots__ = ("_channels", "_is_dirty", "_is_open", "_mark_dirty", "_on_close", "_queues", "peer")
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class Connection:
     ) -> None:
         self.peer = peer
         self._channels = (data, control)
+        self._queues = (data.queue, control.queue)
         self._mark_dirty = mark_dirty
         self._on_close = on_close
         self._is_dirty = False
@@ -97,7 +98,7 @@ class Connection:
 
     def put(self, control: bool, record: bytes, bound: int) -> None:
         """Queue a record for the end of the turn. Raises ``MailboxFull``."""
-        queue = self._channels[control].queue
+        queue = self._queues[control]
         if len(queue) >= bound:
             raise MailboxFull(f"{len(queue)} messages wait to be sent to {self.peer}; at most {bound} may")
         if self._is_open:
