@@ -46,6 +46,7 @@ class Ask:
         self,
         exchange: Exchange,
         row: MessageType,
+        began_ns: int,
         deadline_ns: int,
         trace_id: bytes,
         on_reply: Callable[[Any], None],
@@ -54,7 +55,7 @@ class Ask:
     ) -> None:
         self._exchange = exchange
         self.row = row  # of the message that was asked
-        self.began_ns = exchange.clock.now_ns()
+        self.began_ns = began_ns  # by the bus's clock
         self.deadline_ns = deadline_ns  # absolute, the bus's clock
         self.trace_id = trace_id  # 16 bytes
         self.on_reply = on_reply

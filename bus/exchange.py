@@ -145,11 +145,12 @@ class Exchange:
         """See ``Context.ask``."""
         row = type_of(message)
         timeout_ns = int((LONGEST_TIMEOUT_S if timeout_s > LONGEST_TIMEOUT_S else timeout_s) * NS_PER_S)
-        deadline_ns = self.clock.now_ns() + (timeout_ns if timeout_ns > 0 else 1)
+        now_ns = self.clock.now_ns()
+        deadline_ns = now_ns + (timeout_ns if timeout_ns > 0 else 1)
         if not trace_id:
             self._asked += 1
             trace_id = self._trace_begin + self._asked.to_bytes(8, "little")
-        ask = Ask(self, row, deadline_ns, trace_id, on_reply, on_error, on_item)
+        ask = Ask(self, row, now_ns, deadline_ns, trace_id, on_reply, on_error, on_item)
         if deadline_ns < self.deadlines.next_ns:
             self.deadlines.look_at(deadline_ns)
         if wait_for_link and to not in self._links and not self.is_finished and self.peers.park(to, ask, message):
