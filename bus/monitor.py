@@ -31,6 +31,7 @@ class SocketMonitor:
         self, sockets: Sockets, socket: zmq.Socket[bytes], events: int, on_event: Callable[[int, int], None]
     ) -> None:
         self._sockets = sockets
+        self._socket = socket
         self._on_event = on_event
         self._is_open = True
         address = f"inproc://monitor-{next(numbers)}"
@@ -39,11 +40,18 @@ class SocketMonitor:
         self._events.connect(address)
         self._fd = self._events.fileno()  # polled as a plain descriptor: it costs the hot path nothing
         sockets.watch(self._fd, self._read)
+        sockets.monitors.add(self)
         self._read()  # such a descriptor tells only of what comes after a read
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; before ``socket`` is closed.
+
+        libzmq's own thread writes events into the monitor, and waits for ever in one that has lost its reader: every
+        connection of the process then stands still. So it is told first that nobody wants them.
+        """
         self._is_open = False
+        self._sockets.monitors.discard(self)
+        self._socket.monitor(None, 0)
         self._sockets.unwatch(self._fd)
         self._sockets.drop(self._events)
 

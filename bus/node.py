@@ -27,6 +27,7 @@ from .exchange import Exchange
 from .farclock import FarConnection
 from .inbox import Inbox
 from .ledger import LedgerWriter
+from .monitor import SocketMonitor
 from .poll import Poll
 from .ports import Driver
 from .shortages import explain, require_descriptors
@@ -78,6 +79,7 @@ class Sockets:
         self.readers: dict[zmq.Socket[bytes], Reader] = {}
         self._open: set[zmq.Socket[bytes]] = set()
         self._broken: set[tuple[str, int]] = set()
+        self.monitors: set[SocketMonitor] = set()
         self.dirty: list[Connection] = []
         self._context = zmq.Context(io_threads=1)
         self._context.linger = 0
@@ -156,6 +158,8 @@ class Sockets:
 
     def close_all(self, linger_ms: int) -> None:
         """Close everything, giving last words ``linger_ms`` to leave."""
+        for monitor in list(self.monitors):
+            monitor.close()
         for socket in self._open:
             socket.close(linger=linger_ms)
         self._open.clear()
