@@ -309,15 +309,20 @@ class ProcessNursery:
         life.tether.drop_read_end()
         life.tether.cut()  # a child that was forked but never reported ends by this
         if life.process is not None:
-            self._journal.reaped(life.pid)
             self._ctx.unwatch(life.process.pidfd)
             os.close(life.process.pidfd)
-        self._remove_sockets(life)
         self._events.on_ended(
             LifeEnd(
                 name=life.name, incarnation=life.incarnation, pid=life.pid, exit=exit_text, error=error, text=text
             )
         )  # fmt: skip
+        self._ctx.call_soon_threadsafe(lambda: self._tidy(life))  # in the next turn: others wait to hear of it
+
+    def _tidy(self, life: _Life) -> None:
+        """What an ended life has left, and nobody waits for."""
+        if life.process is not None:
+            self._journal.reaped(life.pid)
+        self._remove_sockets(life)
 
     def _remove_sockets(self, life: _Life) -> None:
         """A killed node cannot remove its own; nobody connects to them any more."""

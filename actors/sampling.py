@@ -61,6 +61,10 @@ def _token_ids(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> N
             raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; each entry must be a token id >= 0")
 
 
+def _field(default: Any, check: Check, converter: Callable[[Any], Any] | None = None) -> Any:
+    return attrs.field(default=default, converter=converter, metadata={"check": check})
+
+
 @attrs.frozen(kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen. Checked when made; raises ``RequestInvalid`` naming the field.
@@ -68,42 +72,67 @@ class SamplingParams:
     Names and meanings follow vLLM's, so that a user can switch by changing an import.
     """
 
-    max_tokens: int = attrs.field(default=256, validator=_number(1, 2**31 - 1, whole=True))
+    max_tokens: int = _field(256, _number(1, 2**31 - 1, whole=True))
     """Most tokens generated; capped to what the context leaves after the prompt."""
-    temperature: float = attrs.field(default=1.0, validator=_number(0, 100))
+    temperature: float = _field(1.0, _number(0, 100))
     """Logits are divided by it; 0 is greedy (lowest token id wins a tie)."""
-    top_p: float = attrs.field(default=1.0, validator=_number(0, 1, low_open=True))
+    top_p: float = _field(1.0, _number(0, 1, low_open=True))
     """Keep the smallest set of tokens whose probabilities add up to at least this; 1 keeps all."""
-    top_k: int = attrs.field(default=0, validator=_number(0, 2**31 - 1, whole=True))
+    top_k: int = _field(0, _number(0, 2**31 - 1, whole=True))
     """Keep this many most probable tokens; 0 keeps all."""
-    min_p: float = attrs.field(default=0.0, validator=_number(0, 1))
+    min_p: float = _field(0.0, _number(0, 1))
     """Drop tokens less probable than this fraction of the most probable one; 0 drops none."""
-    seed: int | None = attrs.field(default=None, validator=_optional(_number(0, 2**63 - 1, whole=True)))
+    seed: int | None = _field(None, _optional(_number(0, 2**63 - 1, whole=True)))
     """Equal seed, prompt and parameters give equal tokens on every replica. None: drawn at admission, and recorded."""
-    stop: tuple[str, ...] = attrs.field(default=(), converter=_as_strings, validator=_strings)
+    stop: tuple[str, ...] = _field((), _strings, converter=_as_strings)
     """Texts that end the request; the text before the first of them is returned."""
-    stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=tuple, validator=_token_ids)
+    stop_token_ids: tuple[int, ...] = _field((), _token_ids, converter=tuple)
     """Token ids that end the request, besides the model's own end-of-sequence ids."""
-    ignore_eos: bool = attrs.field(default=False, validator=_flag)
+    ignore_eos: bool = _field(False, _flag)
     """Go on past the model's end-of-sequence ids."""
-    min_tokens: int = attrs.field(default=0, validator=_number(0, 2**31 - 1, whole=True))
+    min_tokens: int = _field(0, _number(0, 2**31 - 1, whole=True))
     """No end-of-sequence or stop id is chosen before this many tokens."""
-    logprobs: int | None = attrs.field(default=None, validator=_optional(_number(0, 20, whole=True)))
+    logprobs: int | None = _field(None, _optional(_number(0, 20, whole=True)))
     """For every token its log-probability and those of this many most probable ones; None gives none."""
-    n: int = attrs.field(default=1, validator=_number(1, 64, whole=True))
+    n: int = _field(1, _number(1, 64, whole=True))
     """Completions per prompt; completion i uses seed + i."""
-    presence_penalty: float = attrs.field(default=0.0, validator=_number(-2, 2))
+    presence_penalty: float = _field(0.0, _number(-2, 2))
     """Subtracted from the logit of every token already generated."""
-    frequency_penalty: float = attrs.field(default=0.0, validator=_number(-2, 2))
+    frequency_penalty: float = _field(0.0, _number(-2, 2))
     """Subtracted from a token's logit once for every time it was generated."""
-    repetition_penalty: float = attrs.field(default=1.0, validator=_number(0, 10, low_open=True))
+    repetition_penalty: float = _field(1.0, _number(0, 10, low_open=True))
     """Divides positive and multiplies negative logits of tokens in prompt or output (CTRL, arXiv:1909.05858)."""
 
     def __attrs_post_init__(self) -> None:
+        if not self._is_usual:
+            for field in attrs.fields(SamplingParams):
+                field.metadata["check"](self, field, getattr(self, field.name))
         if self.min_tokens > self.max_tokens:
             raise RequestInvalid(
                 f"SamplingParams.min_tokens is {self.min_tokens}; it must not exceed max_tokens, {self.max_tokens}"
             )
+
+    @property
+    def _is_usual(self) -> bool:
+        """Nothing that needs a closer look: it is made in every process a request passes, and checked each time."""
+        temperature, seed = self.temperature, self.seed
+        others = (
+            self.top_p, self.top_k, self.min_p, self.stop, self.stop_token_ids, self.ignore_eos, self.min_tokens,
+            self.logprobs, self.n, self.presence_penalty, self.frequency_penalty, self.repetition_penalty,
+        )  # fmt: skip
+        return (
+            others == _USUAL
+            and tuple(map(type, others)) == _USUAL_TYPES  # True is no 1
+            and type(self.max_tokens) is int
+            and 1 <= self.max_tokens < 2**31
+            and type(temperature) is float
+            and 0.0 <= temperature <= 100.0
+            and (seed is None or (type(seed) is int and 0 <= seed < 2**63))
+        )
+
+
+_USUAL: tuple[Any, ...] = (1.0, 0, 0.0, (), (), False, 0, None, 1, 0.0, 0.0, 1.0)
+_USUAL_TYPES = tuple(map(type, _USUAL))
 
 
 def sampling_from_mapping(fields: Mapping[str, Any]) -> SamplingParams:

@@ -403,11 +403,16 @@ class SupervisorActor(Actor):
             self._leave()
 
     def _life_ended(self, end: LifeEnd) -> None:
+        """Neighbours hear of it in this turn; what to do about it is decided in the next one."""
         child = self._tree.children[end.name]
-        log = self.ctx.log.info if child.status is Status.STOPPING else self.ctx.log.warning
-        log("child.exited", child=end.name, life=end.incarnation, pid=end.pid, exit=end.exit, reason=end.text)
         if child.is_linked:
             self._tell_down(child, f"{end.exit}, {child.reason}" if child.reason else end.exit)
+        self.ctx.call_soon_threadsafe(lambda: self._follow(end))
+
+    def _follow(self, end: LifeEnd) -> None:
+        is_stopping = self._tree.children[end.name].status is Status.STOPPING
+        log = self.ctx.log.info if is_stopping else self.ctx.log.warning
+        log("child.exited", child=end.name, life=end.incarnation, pid=end.pid, exit=end.exit, reason=end.text)
         self._feed(ChildDied(end.name, end.incarnation, end.exit, end.error, end.text))
 
     def _tell_down(self, child: Child, reason: str) -> None:

@@ -310,9 +310,9 @@ def _rows(samples: Samples, lives: Lives, why_not: dict[str, str]) -> list[Row]:
         rows += block(f"chip ready {chip}", f"SIGKILL of a serving {chip} chip → READY again")
         rows += block(f"serving {chip}", f"SIGKILL of a serving {chip} chip → its stream goes on")
     gone = "owner SIGKILLed → all gone"
-    rows += block("orphans null", f"{gone}, two replicas on null chips", aim=at_most(5))
+    rows += block("orphans null", f"{gone}, two replicas on null chips", aim=at_most(50))
     rows += block("orphans cpu", f"{gone}, two replicas on cpu chips", aim=at_most(50))
-    rows += block("orphans lock", f"{gone}, eight, four of which hold their interpreter's lock", aim=at_most(5))
+    rows += block("orphans lock", f"{gone}, eight, four of which hold their interpreter's lock", aim=at_most(50))
     rows += block("idle", f"idle engine, {num} processes, of one core", "%")
     rows += block("close", f"close of an idle engine, {num} processes", aim=at_most(50))
     return rows
