@@ -42,6 +42,7 @@ from .wardens import Warden
 __all__ = ["ProcessNursery"]
 
 SPAWN_DESCRIPTORS = 8  # tether, pidfd, weights, the two connections of its link, and a warden if there is none
+_IMPORTS_S = 60.0  # torch takes a second, from a cold and slow disk some more
 _RELAY_S = 0.25  # from a death to the warden's word on how, which takes 0.2 ms unless the machine is very busy
 _WARDEN_LEAVE_S = 0.3  # a warden with nothing left to do ends within milliseconds
 _WARDEN_REAP_S = 0.3  # and one that is killed, too
@@ -88,6 +89,7 @@ class ProcessNursery:
         self._signals_fd = signals_fd
         self._fate_fds = tuple(fate_fds)
         self._heartbeats = Heartbeats(stall_timeout_s)
+        self._imports = Heartbeats(_IMPORTS_S)
         self._journal = journal
         self._lives: dict[str, _Life] = {}
         self._weights: dict[str, int] = {}  # memory file of each child that keeps weights
@@ -217,14 +219,15 @@ class ProcessNursery:
     # Wardens.
 
     def _beat(self) -> None:
-        """Kill a warden that has stopped or is stuck; the sweep replaces it. Imports have their own deadline."""
-        ready = {preload: warden for preload, warden in self._wardens.items() if warden.is_ready}
-        watched = {preload: warden.process.pid for preload, warden in ready.items()}
-        for stall in self._heartbeats.beat(watched, self._ctx.clock.now_ns() / 1e9):
+        """Kill a warden that has stopped or is stuck; the sweep replaces it. One that imports answers nothing yet."""
+        now_s = self._ctx.clock.now_ns() / 1e9
+        ready = {preload: w.process.pid for preload, w in self._wardens.items() if w.is_ready}
+        importing = {preload: w.process.pid for preload, w in self._wardens.items() if not w.is_ready}
+        for stall in [*self._heartbeats.beat(ready, now_s), *self._imports.beat(importing, now_s)]:
             self._ctx.log.error("warden.stalled", warden=stall.name, reason=stall.reason)
-            ready[stall.name].kill()
-        for warden in ready.values():
-            warden.ping()
+            self._wardens[stall.name].kill()
+        for preload in ready:
+            self._wardens[preload].ping()
         self._ctx.after(self._heartbeats.interval_s, self._beat)
 
     def _warden(self, preload: str) -> Warden:
@@ -263,7 +266,7 @@ class ProcessNursery:
     def _warden_ended(self, warden: Warden, status: ExitStatus) -> None:
         self._on_warden(warden)  # what it said before it died
         self._journal.reaped(warden.process.pid)
-        was_ready = warden.is_ready
+        was_ready = warden.is_ready or status.signum is not None  # else its imports fail, and would again
         self._ctx.unwatch(warden.fd)
         unanswered = warden.ended()
         del self._wardens[warden.preload]

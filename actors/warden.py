@@ -125,6 +125,7 @@ class _Warden:
         schema_hash()  # 6 ms of digests and decoders, once for all children instead of in each
         gc.collect()
         gc.freeze()  # what was imported is never garbage, and collecting it would copy its pages in every child
+        set_process_name(f"warden.{self._preload}")
         self._tell(Preloaded(time.monotonic() - began_s))
 
     def run(self) -> NoReturn:
@@ -302,7 +303,7 @@ def serve(entries: Mapping[str, str] = ENTRIES, preloads: Mapping[str, tuple[str
     _, _, preload, boot_path, link_fd, tether_fd, lock_fd = sys.argv
     if preload != LIGHT:
         live_by_tether(int(tether_fd))
-    set_process_name(f"warden.{preload}")
+    set_process_name(f"importing.{preload}")
     warden = _Warden(preload, Path(boot_path), socket.socket(fileno=int(link_fd)), int(lock_fd), entries)
     warden.preload(preloads[preload])
     warden.run()

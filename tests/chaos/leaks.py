@@ -15,7 +15,7 @@ from chipbus import Engine
 __all__ = ["Holdings", "holdings", "strays", "wait_until"]
 
 OF_A_CHILD = 2  # descriptors a warden keeps of each: pidfd, and the pipe of its last words
-OUR_NAMES = ("tokenizer.", "router", "replica.", "chip.", "warden.", "supervisor")
+OUR_NAMES = ("tokenizer.", "router", "replica.", "chip.", "warden.", "importing.", "supervisor")
 
 
 @attrs.frozen
