@@ -40,7 +40,7 @@ test-torch: $(VENV)/.installed-dev  ## kernels and whole engines once more, on a
 	$(PYTHON) $(SITE) > "$$(build/torch/bin/python $(SITE))/dependencies.pth"
 	CC=false CXX=false $(PIP) --python build/torch/bin/python $(INSTALL) --no-deps --ignore-installed .
 	build/torch/bin/python -P -c 'from chipbus.kernels import native; assert native.library is None'
-	cd build/torch && bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. ../../tests/kernels ../../tests/e2e \
+	cd build/torch && bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. ../../tests/kernels $(addprefix ../../tests/e2e/test_,engine.py parity.py record.py weights.py) \
 		--timeout 200 -k 'not (widths_of_qwen3 and bfloat16)'  # two of a minute each where torch has no AMX
 
 chaos: $(VENV)/.installed-dev  ## kill, stop and stall every kind of process under load: make chaos SEED=7 FAULTS=5000 CHIP=cpu
