@@ -315,4 +315,5 @@ def test_an_interrupt_at_any_moment_ends_everything_with_130(seed: int) -> None:
     # CPython kills itself with the signal, handled or not, if it came while a string was being executed, as namedtuple
     # does at import: -2 here, and 130 in a shell all the same.
     assert child.returncode in (130, 0, -signal.SIGINT), shown
-    assert "Traceback" not in shown
+    # If it came inside a callback of the interpreter's own import system, CPython prints that and drops the interrupt.
+    assert "Traceback" not in shown.partition("Exception ignored in: <function _get_module_lock")[0]
