@@ -30,7 +30,6 @@ from chipbus import Engine
 
 CALLERS = 6
 CASES = 24
-STALL_TIMEOUT_S = 1.0  # of the engine under test: a process that is stopped for longer is killed
 PAUSE_S = (0.05, 0.4)  # a process that is stopped for so long is slow, not stuck
 RECOVERY_S = 30.0  # more than any recovery takes on a busy machine
 WEIGHTS = {"tokenizer": 4, "router": 4, "replica": 5, "chip": 6, "warden": 2, "supervisor": 0.5, "host": 0.25}
@@ -68,10 +67,11 @@ class Fault:
 class Chaos:
     """One engine after another under load, struck ``faults`` times."""
 
-    def __init__(self, seed: int, chip: str, replicas: int) -> None:
+    def __init__(self, seed: int, chip: str, replicas: int, stall_timeout_s: float) -> None:
         self.seed = seed
         self.chip = chip
         self.replicas = replicas
+        self.stall_timeout_s = stall_timeout_s
         self.draw = random.Random(seed)
         self.recoveries: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.finished = self.tokens = self.retried = self.ended_with_engine = 0
@@ -88,7 +88,7 @@ class Chaos:
             threads=1,
             max_restarts=1_000_000,
             max_request_restarts=20,  # faults come faster than any real ones: several while one prompt is computed
-            stall_timeout_s=STALL_TIMEOUT_S,
+            stall_timeout_s=self.stall_timeout_s,
             log_level="error",
         )
         self.run_dir = Path(self.engine.run_dir)
@@ -237,9 +237,10 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--chip", choices=("null", "cpu"), default="null")
     parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--stall-timeout", type=float, default=1.0, help="seconds, of the engine")
     options = parser.parse_args()
     began_s = time.monotonic()
-    chaos = Chaos(options.seed, options.chip, options.replicas)
+    chaos = Chaos(options.seed, options.chip, options.replicas, options.stall_timeout)
     for number in range(1, options.faults + 1):
         fault = chaos.draw_fault()
         try:

@@ -50,7 +50,7 @@ def test_a_seed_repeats_its_run_exactly() -> None:
 @pytest.mark.guarantee("S52")
 def test_real_faults_under_load_lose_nothing_and_leave_nothing() -> None:
     seed = random.SystemRandom().randrange(1_000_000)
-    process = run("chaos.py", "--seed", str(seed), "--faults", "15")
+    process = run("chaos.py", "--seed", str(seed), "--faults", "15", "--stall-timeout", "3")
     said = process.communicate(timeout=190)[0]
     assert process.returncode == 0, f"seed {seed}: {said}"
     assert "0 lost, 0 wrong" in said
