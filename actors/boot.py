@@ -13,10 +13,15 @@ import msgspec
 
 from ..errors import ConfigError
 
-__all__ = ["HOST", "ONE_FOR_ALL", "ONE_FOR_ONE", "REST_FOR_ONE", "STRATEGIES", "SUPERVISOR", "Boot", "ChildSpec"]
+__all__ = [
+    "HOST", "ONE_FOR_ALL", "ONE_FOR_ONE", "REST_FOR_ONE", "ROUTER", "STRATEGIES", "SUPERVISOR", "TOKENIZER", "Boot",
+    "ChildSpec",
+]  # fmt: skip
 
 HOST = "host"
 SUPERVISOR = "supervisor"
+TOKENIZER = "tokenizer.0"
+ROUTER = "router"
 GUESTS = "guest.*"  # as in bus.inbox, which is not to be imported here
 
 ONE_FOR_ONE = "one_for_one"

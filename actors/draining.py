@@ -10,13 +10,12 @@ from collections.abc import Callable
 
 from ..bus import Call, Context
 from ..errors import ChipbusError, ConfigError
+from .boot import ROUTER
 from .lifecycle import Child, Event, GroupDrained, Status, Tree
 from .messages.routing import Withhold
 from .messages.tree import Drain, Drained
 
 __all__ = ["Draining"]
-
-ROUTER = "router"
 
 
 class Draining:

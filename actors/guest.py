@@ -54,6 +54,7 @@ class Guest:
         self._thread = threading.Thread(target=self._node.run, name="chipbus-guest", daemon=True)
         self._thread.start()
         if not self._actor.is_up.wait(_TIMEOUT_S):
+            self.close()
             raise EngineDead(f"no guest can enter {run_dir}; its engine may have ended this moment")
 
     def __enter__(self) -> Self:

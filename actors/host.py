@@ -12,7 +12,7 @@ import attrs
 from ..bus import Ask, pack_tokens
 from ..errors import Aborted, BadFrame, ChipbusError, PeerGone, WorkerDied
 from .attempts import Attempts
-from .boot import SUPERVISOR
+from .boot import SUPERVISOR, TOKENIZER
 from .messages.serving import Encoded, Generate, TextDelta, TextDone
 from .messages.tree import AllReplicaStatistics, Drain, Drained, GroupLost, ReplicaStatistics, ReplicaStatisticsRequest
 from .request import RequestState
@@ -20,7 +20,6 @@ from .tree_actor import TreeActor
 
 __all__ = ["HostActor"]
 
-TOKENIZER = "tokenizer.0"
 STATISTICS_TIMEOUT_S = 5.0
 
 

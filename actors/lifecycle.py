@@ -506,11 +506,12 @@ class _Turn:
             self._kill_faulty(name, reason, dumps_stack=True)
 
     def drained(self, name: str, incarnation: int, *, stays_down: bool) -> None:
+        if stays_down:  # also a life that began meanwhile
+            if self._tree.phase is Phase.RUNNING and self._children[name].status is not Status.GONE:
+                self._give_up(name, f"{name} was drained, and is to stay down")
+            return
         child = self._current(name, incarnation)
         if child is None or child.status is not Status.READY:
-            return
-        if stays_down:
-            self._give_up(name, f"{name} was drained, and is to stay down")
             return
         stop = Stop(self._now_s, self._now_s + _GROUP_STOP_S)
         for other in _group(self._children, child):

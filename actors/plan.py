@@ -17,14 +17,12 @@ from ..kernels.memory import available_bytes, check_memory, default_kv_pages, re
 from ..kernels.qwen3.model import ModelSpec
 from ..kernels.qwen3.step import Limits
 from ..topology import ChipPlace, ReplicaPlace, Topology
-from .boot import REST_FOR_ONE, Boot, ChildSpec
+from .boot import REST_FOR_ONE, ROUTER, TOKENIZER, Boot, ChildSpec
 from .config import EngineConfig
 
 __all__ = ["DEMO_MODEL", "EnginePlan", "model_directory", "plan_engine"]
 
 DEMO_MODEL = "demo"
-TOKENIZER = "tokenizer.0"
-ROUTER = "router"
 STEP_TIMEOUT_S = 1200.0  # for one dispatch; a long prefill of a large model on a small machine takes minutes
 
 

@@ -17,17 +17,16 @@ from typing import Any
 import attrs
 import msgspec
 
-from ..bus import Actor, Ask, Call, Ready, handles
+from ..bus import Actor, Ask, Call, Ready, count_tokens, handles
 from ..errors import Aborted, BadFrame, ChipbusError, ConfigError, Overloaded, PeerGone, RestartLimit, WorkerDied
 from .attempts import Attempts
+from .boot import SUPERVISOR
 from .messages.routing import Routed, Withheld, Withhold
 from .messages.serving import Submit, TokenDelta, TokensDone
 from .messages.tree import GroupLost
 from .router_policy import LoadLedger, Target
 
 __all__ = ["RouterActor", "RouterConfig"]
-
-_TOKEN_BYTES = 4
 
 
 @attrs.frozen(kw_only=True)
@@ -62,7 +61,7 @@ class _Request:
     @property
     def num_tokens(self) -> int:
         """Tokens of its answer that have come."""
-        return len(self.generated) // _TOKEN_BYTES
+        return count_tokens(self.generated)
 
 
 def _target(name: str) -> Target:
@@ -86,8 +85,8 @@ class RouterActor(Actor):
 
     def on_peer_up(self, name: str) -> None:
         """A replica came up: it may serve, and requests that waited for one go out."""
-        if name == "supervisor":
-            self.ctx.tell_ready("supervisor", Ready(seconds=0.0))
+        if name == SUPERVISOR:
+            self.ctx.tell_ready(SUPERVISOR, Ready(seconds=0.0))
         elif name in self._targets:
             self._up.add(self._targets[name])
             self._withheld.pop(self._targets[name], None)
@@ -197,7 +196,7 @@ class RouterActor(Actor):
         call, had = request.call, request.num_tokens
         submit = attrs.evolve(request.submit, generated=bytes(request.generated), attempt=request.attempts.number)
         request.target = target
-        prompt_tokens = len(submit.prompt_token_ids) // _TOKEN_BYTES + had
+        prompt_tokens = count_tokens(submit.prompt_token_ids) + had
         self._load.reserve(request.key, target, prompt_tokens, max(submit.params.max_tokens - had, 0))
         if self.ctx.ledger is not None:
             self.ctx.ledger.append(

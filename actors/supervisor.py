@@ -35,7 +35,7 @@ from ..bus import (
     handles,
 )
 from ..errors import BusError, ChipbusError, MailboxFull, PeerGone, StartFailed
-from .boot import HOST, SUPERVISOR, Boot
+from .boot import HOST, ROUTER, SUPERVISOR, Boot
 from .draining import Draining
 from .heartbeats import Heartbeats
 from .lifecycle import (
@@ -93,7 +93,6 @@ from .nursery import LifeEnd, Nursery, NurseryEvents
 
 __all__ = ["SupervisorActor"]
 
-ROUTER = "router"
 STATISTICS_TIMEOUT_S = 2.0
 REPORT_TIMEOUT_S = 0.5
 _GUEST = "guest."
@@ -547,5 +546,7 @@ class SupervisorActor(Actor):
             state=state.get(self._tree.phase, "starting"), incarnation=1, restarts=0,
         )  # fmt: skip
         children = records(self._tree, {name: self._nursery.pid(name) for name in self._tree.children})
-        draining = self._draining.names
-        return (own, *(attrs.evolve(r, state="draining") if r.name in draining else r for r in children))
+        return (own, *(attrs.evolve(r, state="draining") if self._is_draining(r) else r for r in children))
+
+    def _is_draining(self, record: ChildRecord) -> bool:
+        return record.state == "ready" and record.name in self._draining.names

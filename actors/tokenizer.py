@@ -21,9 +21,10 @@ from typing import Any
 import attrs
 import msgspec
 
-from ..bus import Actor, Ask, Call, Context, Ready, handles, pack_tokens, unpack_tokens
+from ..bus import Actor, Ask, Call, Context, Ready, count_tokens, handles, pack_tokens, unpack_tokens
 from ..errors import BadFrame, ChipbusError, PeerGone, RequestInvalid, WorkerDied
 from .attempts import Attempts
+from .boot import ROUTER, SUPERVISOR
 from .messages.routing import Routed
 from .messages.serving import Encoded, Generate, Submit, TextDelta, TextDone, TokenDelta, TokensDone
 from .scheduler import check_prompt_length, stop_ids
@@ -62,19 +63,19 @@ class TokenizerActor(Actor):
 
     def on_peer_up(self, name: str) -> None:
         """Loading is over when links come up."""
-        if name == "supervisor":
-            self.ctx.tell_ready("supervisor", Ready(seconds=self._load_s))
+        if name == SUPERVISOR:
+            self.ctx.tell_ready(SUPERVISOR, Ready(seconds=self._load_s))
 
     @handles(Generate)
     def _generate(self, request: Generate, call: Call) -> None:
         try:
             prompt, token_ids = self._encode(request)
-            check_prompt_length(len(token_ids) // 4, self._config.max_model_len)
+            check_prompt_length(count_tokens(token_ids), self._config.max_model_len)
         except ChipbusError as error:
             call.fail(error)
             return
         call.item(Encoded(prompt=prompt, prompt_token_ids=token_ids))
-        room = self._config.max_model_len - len(token_ids) // 4
+        room = self._config.max_model_len - count_tokens(token_ids)
         params = request.params
         if params.max_tokens > room:
             params = attrs.evolve(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
@@ -154,7 +155,7 @@ class _Stream:
         """Ask the router for the rest; it may be starting just now."""
         call = self.call
         self._ask = self._ctx.ask(
-            "router",
+            ROUTER,
             attrs.evolve(self._submit, generated=pack_tokens(self._token_ids), attempt=self._attempts.number),
             timeout_s=max(call.deadline_ns - self._ctx.clock.now_ns(), 1) / 1e9,
             on_item=self._on_item,

@@ -29,9 +29,10 @@ from .node import Node, NodeConfig
 from .registry import decode, encode, message, register, schema_hash
 from .segments import Arena, TensorRef
 from .timers import Timer
-from .tokens import TokenIds, pack_tokens, unpack_tokens
+from .tokens import TOKEN_BYTES, TokenIds, count_tokens, pack_tokens, unpack_tokens
 
 __all__ = [
+    "TOKEN_BYTES",
     "Actor",
     "Arena",
     "Ask",
@@ -64,6 +65,7 @@ __all__ = [
     "Timer",
     "TokenIds",
     "VirtualClock",
+    "count_tokens",
     "decode",
     "encode",
     "error_of",

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from ..errors import BadFrame
 
-__all__ = ["MAX_TOKENS", "TokenIds", "pack_tokens", "unpack_tokens"]
+__all__ = ["MAX_TOKENS", "TOKEN_BYTES", "TokenIds", "count_tokens", "pack_tokens", "unpack_tokens"]
 
 MAX_TOKENS = 2**22
-TokenIds = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_TOKENS)]
+TOKEN_BYTES = 4
+TokenIds = Annotated[bytes, msgspec.Meta(max_length=TOKEN_BYTES * MAX_TOKENS)]
 """A message field of packed token ids, at most ``MAX_TOKENS`` of them."""
 
 
@@ -27,8 +28,13 @@ def pack_tokens(ids: Sequence[int] | NDArray[Any]) -> bytes:
     return np.asarray(ids, dtype="<i4").tobytes()
 
 
+def count_tokens(packed: bytes | bytearray) -> int:
+    """How many token ids are packed there."""
+    return len(packed) // TOKEN_BYTES
+
+
 def unpack_tokens(packed: bytes) -> NDArray[np.int32]:
     """Packed token ids as a read-only int32 array, zero-copy. Raises ``BadFrame`` if the length is no multiple of 4."""
-    if len(packed) % 4:
+    if len(packed) % TOKEN_BYTES:
         raise BadFrame(f"{len(packed)} bytes of packed token ids; the length must be a multiple of 4")
     return np.frombuffer(packed, dtype="<i4")

@@ -8,7 +8,6 @@ from typing import Any
 
 import attrs
 
-from chipbus.actors import tokenizer
 from chipbus.actors.boot import HOST, SUPERVISOR, ChildSpec
 from chipbus.actors.config import EngineConfig
 from chipbus.actors.host import HostActor
@@ -33,7 +32,12 @@ __all__ = ["VOCAB", "LocalEngine", "expected_tokens"]
 
 VOCAB = 1024  # of the demo model
 
-tokenizer.TextModel = cache(TextModel)  # type: ignore[misc, assignment]  # read once, not once a life: it is not written to
+_text_model = cache(TextModel)  # read once, not once a life: nothing is ever written to it
+
+
+class _Tokenizer(TokenizerActor):
+    def on_start(self) -> None:
+        self._model = _text_model(Path(self._config.model))
 
 
 def expected_tokens(prompt: list[int], count: int) -> list[int]:
@@ -83,7 +87,10 @@ class LocalEngine:
         self.is_ready = True
 
     def _make(self, spec: ChildSpec, _: int) -> Actor:
-        actor = load_actor(spec.kind, {**spec.config, **({"inline": True} if spec.kind == "chip" else {})})
+        if spec.kind == "tokenizer":
+            actor: Actor = _Tokenizer(spec.config)
+        else:
+            actor = load_actor(spec.kind, {**spec.config, **({"inline": True} if spec.kind == "chip" else {})})
         self.actors[spec.name] = actor
         return actor
 

@@ -45,11 +45,18 @@ def holders(file: int) -> list[int]:
     return [pid for pid in psutil.pids() if file in weight_files(pid)]
 
 
-def eventually(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
-    """Poll ``condition`` until it holds; fail naming ``what`` after ``within_s``."""
+def comes_true(condition: Callable[[], bool], within_s: float) -> bool:
+    """Poll ``condition``; whether it came to hold within ``within_s``."""
     deadline_s = time.monotonic() + within_s
     waiter = threading.Event()
     while not condition():
         if time.monotonic() > deadline_s:
-            pytest.fail(f"not within {within_s:g} s: {what}")
+            return False
         waiter.wait(0.01)
+    return True
+
+
+def eventually(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
+    """Poll ``condition`` until it holds; fail naming ``what`` after ``within_s``."""
+    if not comes_true(condition, within_s):
+        pytest.fail(f"not within {within_s:g} s: {what}")

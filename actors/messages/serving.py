@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import attrs
 
-from ...bus import Lane, TokenIds, message
+from ...bus import TOKEN_BYTES, Lane, TokenIds, count_tokens, message
 from ...errors import BadFrame
 from ..sampling import SamplingParams
 
@@ -22,9 +22,6 @@ __all__ = [
     "TokenDelta",
     "TokensDone",
 ]
-
-
-_TOKEN_BYTES = 4
 
 
 @attrs.frozen
@@ -87,7 +84,7 @@ class TextDelta:
 
     def merge(self, later: TextDelta) -> TextDelta | None:
         """Both in one, for a reader that is behind; None if they are no neighbours."""
-        if later.token_index != self.token_index + len(self.token_ids) // _TOKEN_BYTES:
+        if later.token_index != self.token_index + count_tokens(self.token_ids):
             return None
         return TextDelta(
             token_index=self.token_index,
@@ -125,7 +122,7 @@ class TokenDelta:
     @property
     def num_tokens(self) -> int:
         """How many it brings."""
-        return len(self.token_ids) // _TOKEN_BYTES
+        return count_tokens(self.token_ids)
 
     def after(self, num_tokens: int) -> TokenDelta | None:
         """What is new to whoever has had ``num_tokens`` tokens; None if nothing is.
@@ -139,7 +136,7 @@ class TokenDelta:
             raise BadFrame(f"token {num_tokens} of the answer is missing; {self.token_index} came next")
         if known >= self.num_tokens:
             return None
-        return TokenDelta(num_tokens, self.token_ids[known * _TOKEN_BYTES :], self.logprobs[known:]) if known else self
+        return TokenDelta(num_tokens, self.token_ids[known * TOKEN_BYTES :], self.logprobs[known:]) if known else self
 
     def merge(self, later: TokenDelta) -> TokenDelta | None:
         """Both in one, for a reader that is behind; None if they are no neighbours."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from ...bus import Lane, NodeReport, message
+from ...errors import ConfigError
 
 __all__ = [
     "AllReplicaStatistics",
@@ -191,6 +192,11 @@ class TreeReport:
     refused: int  # messages of guests that asked for more than this
 
 
+def _seconds(_: object, __: object, value: float) -> None:
+    if not 0 < value < 1e9:  # nor is it NaN
+        raise ConfigError(f"a drain's timeout is {value!r}; it must be a number of seconds above 0")
+
+
 @message(0x040C, lane=Lane.CHILD)
 @attrs.frozen(kw_only=True)
 class Drain:
@@ -200,7 +206,7 @@ class Drain:
     """
 
     replica: str  # node name of its core
-    timeout_s: float  # for its requests to end; those that have not go on elsewhere
+    timeout_s: float = attrs.field(validator=_seconds)  # for its requests to end; the others go on elsewhere
     stays_down: bool = False  # instead of being started afresh
 
 

@@ -29,7 +29,7 @@ from chipbus.actors.router import RouterActor
 from chipbus.actors.sampling import SamplingParams
 from chipbus.actors.supervisor import SupervisorActor
 from chipbus.bus import Actor, LocalSystem, PeerDown, PeerUp, Ready, handles
-from chipbus.errors import CheckpointError
+from chipbus.errors import CheckpointError, ConfigError
 
 KILLED = "signal 9 (SIGKILL)"
 SEEDS = st.integers(0, 2**32)
@@ -363,3 +363,29 @@ def test_a_replica_can_be_drained_for_good_but_not_the_last_one() -> None:
     engine.system.run_until(lambda: state.is_over)
     assert state.whole().replica == 1
     assert engine.close().left == ()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_replica_drained_for_good_stays_down_also_if_it_dies_meanwhile(seed: int) -> None:
+    engine = LocalEngine(seed, replicas=2)
+    states = [engine.submit([20 + n], SamplingParams(seed=0, max_tokens=30, ignore_eos=True)) for n in range(4)]
+    router = engine.actors["router"]
+    assert isinstance(router, RouterActor)
+    engine.system.run_until(lambda: all(router.load().values()))
+    heard = drain(engine, "replica.1", 60.0, stays_down=True)
+    engine.system.run_until(lambda: any(record.state == "draining" for record in engine.host.tree))
+    engine.nursery.kill("replica.1")
+
+    engine.system.run_until(lambda: heard != [] and all(state.is_over for state in states))
+    assert isinstance(heard[0], Drained)
+    engine.system.run_until(lambda: [r.state for r in engine.host.tree if r.name == "replica.1"] == ["gone"])
+    assert [list(state.whole().outputs[0].token_ids) for state in states] == [
+        expected_tokens([20 + number], 30) for number in range(4)
+    ]
+    assert engine.close().left == ()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_drain_takes_some_seconds(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="must be a number of seconds above 0"):
+        Drain(replica="replica.0", timeout_s=seconds)

@@ -274,7 +274,7 @@ def test_a_later_attempt_takes_the_place_of_the_one_under_way():
     house.settle()
 
 
-def test_a_full_replica_is_passed_over_and_what_was_admitted_before_never_refused():
+def test_a_full_replica_is_passed_over():
     class Full(Actor):
         @handles(Submit)
         def _submit(self, _message: Submit, call: Call) -> None:

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import attrs
 import psutil
-from leaks import Holdings, holdings, strays, wait_until
+from leaks import Holdings, holdings, strays
 from load import Case, Load, make_cases
 
 from chipbus import Engine
+from support import comes_true
 
 CALLERS = 6
 CASES = 24
@@ -94,7 +95,7 @@ class Chaos:
         self.run_dir = Path(self.engine.run_dir)
         self.cases = self.cases or make_cases(self.engine, self.seed, CASES)
         self.load = Load(self.engine, self.cases, CALLERS, self.draw.getrandbits(30))
-        wait_until(lambda: self.load.finished > 0, RECOVERY_S)
+        comes_true(lambda: self.load.finished > 0, RECOVERY_S)
         self.before = self.settled(None)
 
     # Faults.
@@ -128,32 +129,34 @@ class Chaos:
         """A process below the supervisor."""
         pid, life = self.process(fault.name)
         if fault.how == "pause":
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(self.draw.uniform(*PAUSE_S))
-            os.kill(pid, signal.SIGCONT)
+            self.pause(pid)
         else:
             os.kill(pid, signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
-            if not wait_until(lambda: self.process(fault.name) not in ((pid, life), (0, 0)), RECOVERY_S):
+            if not comes_true(lambda: self.process(fault.name) not in ((pid, life), (0, 0)), RECOVERY_S):
                 raise Violation(f"{fault.name} (pid {pid}) was not replaced within {RECOVERY_S:g} s: {self.picture()}")
         self.settled(self.before)
         if fault.how == "pause" and self.process(fault.name) != (pid, life):
             raise Violation(f"{fault.name} was only slow, and was replaced all the same")
         struck_s = time.monotonic()
-        if not wait_until(lambda: min(self.load.last_token_s) > struck_s or bool(self.load.wrong), RECOVERY_S):
+        if not comes_true(lambda: min(self.load.last_token_s) > struck_s or bool(self.load.wrong), RECOVERY_S):
             late = [struck_s - last_s for last_s in self.load.last_token_s]
             raise Violation(f"a caller gets no token any more; the last ones came {late} s before recovery")
+
+    def pause(self, pid: int) -> None:
+        """Stop a process for a while: the time itself is the fault, and nothing ends it early."""
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(self.draw.uniform(*PAUSE_S))
+        os.kill(pid, signal.SIGCONT)
 
     def strike_supervisor(self, fault: Fault) -> None:
         """Everything ends with it; callers hear so, nothing is left, and the host makes a new engine."""
         pid, _ = self.process("supervisor")
         if fault.how == "pause":
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(self.draw.uniform(*PAUSE_S))
-            os.kill(pid, signal.SIGCONT)
+            self.pause(pid)
             self.settled(self.before)
             return
         os.kill(pid, signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
-        if not wait_until(lambda: self.load.ended_with_engine == CALLERS or bool(self.load.wrong), RECOVERY_S):
+        if not comes_true(lambda: self.load.ended_with_engine == CALLERS or bool(self.load.wrong), RECOVERY_S):
             raise Violation(
                 f"only {self.load.ended_with_engine} of {CALLERS} callers heard that the supervisor is gone"
             )
@@ -172,7 +175,7 @@ class Chaos:
         host.wait(RECOVERY_S)
         host.stdout.close()
         host.stdin.close()
-        if not wait_until(lambda: not any(map(psutil.pid_exists, pids)), RECOVERY_S):
+        if not comes_true(lambda: not any(map(psutil.pid_exists, pids)), RECOVERY_S):
             raise Violation(f"a killed host application left {[pid for pid in pids if psutil.pid_exists(pid)]}")
 
     # Checks.
@@ -192,10 +195,10 @@ class Chaos:
 
     def settled(self, before: Holdings | None) -> Holdings:
         """Wait until every process is ready and everything is held as ``before``; what is held."""
-        if not wait_until(lambda: all(record.state == "ready" for record in self.engine.tree()), RECOVERY_S):
+        if not comes_true(lambda: all(record.state == "ready" for record in self.engine.tree()), RECOVERY_S):
             raise Violation(f"not every process is ready within {RECOVERY_S:g} s: {self.picture()}")
         now = holdings(self.engine, self.run_dir)
-        if before is not None and not wait_until(lambda: holdings(self.engine, self.run_dir) == before, RECOVERY_S):
+        if before is not None and not comes_true(lambda: holdings(self.engine, self.run_dir) == before, RECOVERY_S):
             now = holdings(self.engine, self.run_dir)
             wrong = {
                 field.name: (getattr(before, field.name), getattr(now, field.name))
@@ -209,7 +212,7 @@ class Chaos:
         """No caller has got anything wrong, and nobody lives without an owner."""
         if self.load.wrong:
             raise Violation("; ".join(self.load.wrong))
-        if not wait_until(lambda: not strays(), RECOVERY_S):
+        if not comes_true(lambda: not strays(), RECOVERY_S):
             raise Violation(f"processes without an owner: {', '.join(strays())}")
 
     def picture(self) -> str:
@@ -222,7 +225,7 @@ class Chaos:
         report = self.engine.close()
         if report.left:
             raise Violation(f"close() left {report.left}")
-        if not wait_until(
+        if not comes_true(
             lambda: not self.run_dir.exists() and not psutil.Process().children(recursive=True), RECOVERY_S
         ):
             raise Violation(f"after close(): {psutil.Process().children(recursive=True)}, {self.run_dir}")

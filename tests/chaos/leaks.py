@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import psutil
 
 from chipbus import Engine
+from support import weight_files
 
-__all__ = ["Holdings", "holdings", "strays", "wait_until"]
+__all__ = ["Holdings", "holdings", "strays"]
 
 OF_A_CHILD = 2  # descriptors a warden keeps of each: pidfd, and the pipe of its last words
 OUR_NAMES = ("tokenizer.", "router", "replica.", "chip.", "warden.", "importing.", "supervisor")
@@ -48,7 +47,7 @@ def holdings(engine: Engine, run_dir: Path) -> Holdings:
                 own = _descriptors(process.pid) - OF_A_CHILD * len(process.children())
                 wardens.append(own)  # children of a warden that was killed are no longer any warden's
             if records.get(process.pid) == "supervisor":
-                supervisor = (_descriptors(process.pid), _memory_files(process.pid))
+                supervisor = (_descriptors(process.pid), len(weight_files(process.pid)))
         except (psutil.NoSuchProcess, FileNotFoundError):
             continue
     return Holdings(
@@ -74,16 +73,6 @@ def strays() -> list[str]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], within_s: float) -> bool:
-    """Whether ``condition`` came to hold in time."""
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def _nameless(name: str) -> str:
     """Socket names carry the number of a life."""
     parts = name.split(".")
@@ -92,13 +81,3 @@ def _nameless(name: str) -> str:
 
 def _descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
-def _memory_files(pid: int) -> int:
-    count = 0
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            count += str(entry.readlink()).startswith("/memfd:chipbus-weights")
-        except FileNotFoundError:
-            continue
-    return count

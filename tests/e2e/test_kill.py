@@ -35,6 +35,7 @@ class Reader:
     def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams = LONG) -> None:
         self.started, self.ended = threading.Event(), threading.Event()
         self.tokens: list[int] = []
+        self.attempt = 0  # that gave the last token
         self.error: BaseException | None = None
         self._stream = engine.stream(prompt, params)
         self.thread = threading.Thread(target=self._read)
@@ -45,6 +46,7 @@ class Reader:
         try:
             for delta in self._stream:
                 self.tokens += delta.outputs[0].token_ids
+                self.attempt = delta.attempt
                 self.started.set()
         except errors.ChipbusError as error:
             self.error = error
@@ -71,6 +73,7 @@ def test_a_killed_process_costs_no_token_and_is_replaced(victim: str, chip: str,
         reader.thread.join()
         assert reader.error is None, reader.error
         assert reader.tokens == undisturbed
+        assert reader.attempt > 1, "it was struck while the request ran"
         eventually(lambda: incarnation_of(engine, victim) == (2, "ready"), f"{victim} is ready again")
         statistics = engine.statistics()
         assert statistics.restarts >= 1
