@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from ..errors import EngineClosed
 from ..topology import Topology
 from .config import config_from_mapping
 from .engine import as_prompts, as_turns
+from .handling import ANYHOW, Handling
 from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
 from .plan import plan_engine
@@ -52,22 +53,43 @@ class AsyncEngine:
         self,
         prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | None = None,
+        handling: Handling | None = None,
     ) -> list[RequestOutput]:
         """As ``Engine.generate``; cancelling the task aborts the requests."""
-        return await self._finish([(prompt, params or SamplingParams()) for prompt in as_prompts(prompts)])
+        return await self._finish(as_prompts(prompts), params, handling)
 
     async def chat(
-        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        handling: Handling | None = None,
     ) -> list[RequestOutput]:
         """As ``Engine.chat``."""
-        return await self._finish([(as_turns(messages), params or SamplingParams())])
+        return await self._finish([as_turns(messages)], params, handling)
 
-    async def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> AsyncIterator[RequestOutput]:
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        handling: Handling | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
         """As ``Engine.stream``; leaving the loop, ``aclose()`` or cancelling aborts."""
+        return self._stream(prompt, params, handling)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        handling: Handling | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As ``Engine.stream_chat``; see ``stream``."""
+        return self._stream(as_turns(messages), params, handling)
+
+    async def _stream(
+        self, prompt: Prompt, params: SamplingParams | None, handling: Handling | None
+    ) -> AsyncGenerator[RequestOutput, None]:
         changed = asyncio.Event()
-        state, ids = self._runtime.submit(prompt, params or SamplingParams(), _setter(changed))
+        state, ids = self._runtime.submit(prompt, params or SamplingParams(), handling or ANYHOW, _setter(changed))
         try:
             while True:
                 await changed.wait()
@@ -81,12 +103,15 @@ class AsyncEngine:
             if not state.is_over:
                 self._runtime.abort(ids)
 
-    async def _finish(self, work: Sequence[tuple[Prompt, SamplingParams]]) -> list[RequestOutput]:
+    async def _finish(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None, handling: Handling | None
+    ) -> list[RequestOutput]:
         changed = asyncio.Event()
         pending: list[tuple[RequestState, tuple[str, ...]]] = []
+        wanted, handled = params or SamplingParams(), handling or ANYHOW
         try:
-            for prompt, params in work:
-                pending.append(self._runtime.submit(prompt, params, _setter(changed)))
+            # One by one, so that those sent are aborted if a later one is refused.
+            pending.extend(self._runtime.submit(prompt, wanted, handled, _setter(changed)) for prompt in prompts)
             while not all(state.is_over for state, _ in pending):
                 await changed.wait()
                 changed.clear()

@@ -11,6 +11,7 @@ from ..bus import Progress
 from ..errors import RequestInvalid
 from ..topology import Topology
 from .config import config_from_mapping
+from .handling import ANYHOW, Handling
 from .messages.serving import ChatTurn
 from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
@@ -76,21 +77,46 @@ class Engine:
         self,
         prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | None = None,
+        handling: Handling | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or many (text or token ids); outputs in the order of the prompts.
 
         Raises the first failing prompt's ``RequestError`` or ``WorkerError``; the other prompts are aborted then.
         """
-        return self._finish([(prompt, params or SamplingParams()) for prompt in as_prompts(prompts)])
+        return self._finish(as_prompts(prompts), params, handling)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> list[RequestOutput]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        handling: Handling | None = None,
+    ) -> list[RequestOutput]:
         """Complete a conversation, ``[{"role": …, "content": …}, …]``, through the model's chat template."""
-        return self._finish([(as_turns(messages), params or SamplingParams())])
+        return self._finish([as_turns(messages)], params, handling)
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        handling: Handling | None = None,
+    ) -> Iterator[RequestOutput]:
         """Deltas of one prompt as they come. A slow reader gets fewer, larger deltas. Leaving the loop aborts."""
+        return self._stream(prompt, params, handling)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        handling: Handling | None = None,
+    ) -> Iterator[RequestOutput]:
+        """``stream`` for a conversation, as ``chat`` takes it."""
+        return self._stream(as_turns(messages), params, handling)
+
+    def _stream(
+        self, prompt: Prompt, params: SamplingParams | None, handling: Handling | None
+    ) -> Iterator[RequestOutput]:
         changed = threading.Condition()
-        state, ids = self._runtime.submit(prompt, params or SamplingParams(), _notify(changed))
+        state, ids = self._runtime.submit(prompt, params or SamplingParams(), handling or ANYHOW, _notify(changed))
         return self._deltas(state, ids, changed)
 
     def _deltas(
@@ -110,12 +136,15 @@ class Engine:
             if not state.is_over:
                 self._runtime.abort(ids)
 
-    def _finish(self, work: Sequence[tuple[Prompt, SamplingParams]]) -> list[RequestOutput]:
+    def _finish(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None, handling: Handling | None
+    ) -> list[RequestOutput]:
         changed = threading.Condition()
         pending: list[tuple[RequestState, tuple[str, ...]]] = []
+        wanted, handled = params or SamplingParams(), handling or ANYHOW
         try:
-            for prompt, params in work:
-                pending.append(self._runtime.submit(prompt, params, _notify(changed)))
+            # One by one, so that those sent are aborted if a later one is refused.
+            pending.extend(self._runtime.submit(prompt, wanted, handled, _notify(changed)) for prompt in prompts)
             outputs = []
             for state, _ in pending:
                 with changed:

@@ -16,6 +16,7 @@ import attrs
 
 from ..bus import Progress, pack_tokens
 from ..errors import ChipbusError, RequestInvalid
+from .handling import Handling
 from .host import HostActor
 from .manifest import write_manifest
 from .messages.serving import ChatTurn, Generate
@@ -68,7 +69,7 @@ class Runtime:
     # Requests.
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams, on_change: Callable[[], None]
+        self, prompt: Prompt, params: SamplingParams, handling: Handling, on_change: Callable[[], None]
     ) -> tuple[RequestState, tuple[str, ...]]:
         """Send one prompt; returns its state and the ids under which its completions can be aborted."""
         self.processes.check_usable()
@@ -82,7 +83,10 @@ class Runtime:
         for index in range(params.n):
             child = request_id if params.n == 1 else f"{request_id}.{index}"
             message = Generate(
-                request_id=child, params=attrs.evolve(params, n=1, seed=(seed + index) % 2**63), **fields
+                request_id=child,
+                params=attrs.evolve(params, n=1, seed=(seed + index) % 2**63),
+                handling=handling,
+                **fields,
             )
             children.append(child)
             self.processes.post(partial(self._host.submit, message, index, state, self.plan.config.request_timeout_s))

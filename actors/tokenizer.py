@@ -79,7 +79,9 @@ class TokenizerActor(Actor):
         params = request.params
         if params.max_tokens > room:
             params = attrs.evolve(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-        submit = Submit(request_id=request.request_id, prompt_token_ids=token_ids, params=params)
+        submit = Submit(
+            request_id=request.request_id, prompt_token_ids=token_ids, params=params, handling=request.handling
+        )
         attempts = Attempts(self._config.max_request_restarts, request.attempt)
         stop_at = stop_ids(params, self._config.eos_token_ids)
         earlier = self._streams.get(request.request_id)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .actors.async_engine import AsyncEngine as AsyncEngine
     from .actors.config import EngineConfig as EngineConfig
     from .actors.engine import Engine as Engine
+    from .actors.handling import Handling as Handling
     from .actors.l3 import L3Worker as L3Worker
     from .actors.l3 import RunConfig as RunConfig
     from .actors.messages.tree import ChildEnd as ChildEnd
@@ -36,6 +37,7 @@ _HOME = {
     "CompletionOutput": ".actors.outputs",
     "Engine": ".actors.engine",
     "EngineConfig": ".actors.config",
+    "Handling": ".actors.handling",
     "L3Worker": ".actors.l3",
     "Progress": ".bus",
     "RequestOutput": ".actors.outputs",

@@ -10,6 +10,7 @@ __all__ = [
     "Aborted",
     "AnswerLost",
     "BadFrame",
+    "BadTarget",
     "BusError",
     "CheckpointError",
     "ChipbusError",
@@ -29,9 +30,11 @@ __all__ = [
     "LedgerCorrupt",
     "MailboxFull",
     "MemoryExhausted",
+    "NotReady",
     "NumberedError",
     "Overloaded",
     "PeerGone",
+    "PinOverloaded",
     "ReplayDiverged",
     "RequestError",
     "RequestInvalid",
@@ -282,7 +285,18 @@ class RequestError(ChipbusError):
 
 
 class RequestInvalid(RequestError, ValueError):
-    """A request's own fields are wrong: empty prompt, token id outside the vocabulary, unknown sampling field."""
+    """A request's own fields are wrong: empty prompt, token id outside the vocabulary, unknown sampling field.
+
+    ``param`` names the field, where one was at fault and the error was raised in this process; else it is empty.
+    """
+
+    def __init__(self, text: str = "", *, param: str = "") -> None:
+        super().__init__(text)
+        self.param = param
+
+
+class BadTarget(RequestInvalid):
+    """The request names a replica or data-parallel rank that does not exist, or two that contradict each other."""
 
 
 class ContextTooLong(RequestInvalid):
@@ -295,6 +309,14 @@ class Aborted(RequestError):
 
 class Overloaded(RequestError):
     """The queue for new requests is full. Nothing was queued; back off and retry."""
+
+
+class PinOverloaded(Overloaded):
+    """The queue of the replica that the request is pinned to is full; others may have room."""
+
+
+class NotReady(RequestError):
+    """No replica is ready to take a request, or all are being ended. Nothing was queued; try again a little later."""
 
 
 class LedgerCorrupt(ChipbusError):

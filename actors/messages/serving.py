@@ -9,6 +9,7 @@ import attrs
 
 from ...bus import TOKEN_BYTES, Lane, TokenIds, count_tokens, message
 from ...errors import BadFrame
+from ..handling import ANYHOW, Handling
 from ..sampling import SamplingParams
 
 __all__ = [
@@ -46,6 +47,7 @@ class Generate:
     prompt_token_ids: TokenIds | None = None
     turns: tuple[ChatTurn, ...] = ()
     params: SamplingParams  # seed is resolved: never None
+    handling: Handling = ANYHOW
     generated: TokenIds = b""  # what has been delivered already, with its text; the answer goes on behind it
     attempt: int = 1
 
@@ -67,6 +69,8 @@ class LogprobRow:
     logprob: float
     top_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
+    token_bytes: bytes = b""  # what the token stands for, maybe part of a character; filled in by the tokenizer
+    top_bytes: tuple[bytes, ...] = ()  # the same of ``top_ids``
 
 
 @message(0x0203, lane=Lane.WORK)
@@ -106,6 +110,7 @@ class Submit:
     request_id: str
     prompt_token_ids: TokenIds
     params: SamplingParams
+    handling: Handling = ANYHOW
     generated: TokenIds = b""  # what has been delivered already; the answer goes on behind it
     attempt: int = 1  # above 1 it was admitted before, so no full queue refuses it
 

@@ -17,6 +17,7 @@ __all__ = [
     "Drained",
     "GroupLost",
     "ProcessReport",
+    "ProgramStatistics",
     "ReplicaStatistics",
     "ReplicaStatisticsRequest",
     "Shutdown",
@@ -119,6 +120,16 @@ class ReplicaStatisticsRequest:
     """Asked by the host through the supervisor and passed on to each replica core. Reply: ``ReplicaStatistics``."""
 
 
+@attrs.frozen
+class ProgramStatistics:
+    """All dispatches of one program by one replica core."""
+
+    program: str  # "prefill", "decode", …
+    dispatches: int
+    tokens: int  # rows or tokens they were given
+    device_ns: int
+
+
 @message(0x0408, lane=Lane.HEALTH)
 @attrs.frozen(kw_only=True)
 class ReplicaStatistics:
@@ -134,6 +145,12 @@ class ReplicaStatistics:
     prompt_tokens: int
     step_ns: int  # wall time of all steps
     device_ns: int  # chip time of all dispatches
+    pages_cached: int = 0  # of the free pages, those that hold a prefix another prompt may begin with
+    pending_tokens: int = 0  # prompt tokens to compute plus tokens that may still be generated
+    preemptions: int = 0  # requests sent back to waiting
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0  # of these, found there
+    programs: tuple[ProgramStatistics, ...] = ()  # dispatches by program
 
 
 @message(0x0409, lane=Lane.HEALTH)

@@ -39,7 +39,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 EXPECTED = {
     **dict.fromkeys(errors.__all__, 1),
     **dict.fromkeys(("ConfigError", "CheckpointError", "TopologyError", "RunDirectoryInUse"), 2),
-    **dict.fromkeys(("RequestInvalid", "ContextTooLong"), 2),
+    **dict.fromkeys(("RequestInvalid", "ContextTooLong", "BadTarget"), 2),
     "LedgerCorrupt": 2,
     "ReplayDiverged": 11,
 }

@@ -1,0 +1,48 @@
+"""Where and when one request wants to be served. Pure data; travels inside ``Generate`` and ``Submit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from ..errors import BadTarget, RequestInvalid
+
+__all__ = ["ANYHOW", "Handling"]
+
+MAX_SESSION_CHARS = 256
+
+
+def _priority(_: Any, __: Any, value: Any) -> None:
+    if type(value) is not int or not -(2**31) <= value < 2**31:
+        raise RequestInvalid(f"priority is {value!r}; it must be an integer in [-2^31, 2^31)", param="priority")
+
+
+def _session(_: Any, __: Any, value: Any) -> None:
+    if not isinstance(value, str) or len(value) > MAX_SESSION_CHARS:
+        what = f"{len(value)} characters long" if isinstance(value, str) else repr(value)
+        rule = f"it must be text of at most {MAX_SESSION_CHARS} characters"
+        raise RequestInvalid(f"session is {what}; {rule}", param="session")
+
+
+def _number(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and (type(value) is not int or not 0 <= value < 2**31):  # True is no rank
+        raise BadTarget(f"{field.name} is {value!r}; it must be an integer of at least 0", param=field.name)
+
+
+@attrs.frozen(kw_only=True)
+class Handling:
+    """Where and when a request is served. Checked when made; raises ``RequestInvalid``, ``BadTarget`` for a pin."""
+
+    priority: int = attrs.field(default=0, validator=_priority)
+    """Lower goes first, as in vLLM; equal ones in order of arrival."""
+    session: str = attrs.field(default="", validator=_session)
+    """Requests of one session go to the replica that served the one before, while that is no worse than others."""
+    replica: int | None = attrs.field(default=None, validator=_number)
+    """Serve it there and nowhere else. None: the router chooses; 0 is a replica."""
+    dp_rank: int | None = attrs.field(default=None, validator=_number)
+    """Global data-parallel rank to serve it at. None: the router chooses; 0 is a rank."""
+
+
+ANYHOW = Handling()
+"""Nothing asked for."""
