@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -42,12 +43,19 @@ class AsyncEngine:
         self._plan = plan_engine(config_from_mapping({"model": model, **settings}), topology)
         self._on_progress = on_progress
         self._started: Runtime | None = None
+        self._woken: _Wakes | None = None
 
     @property
     def _runtime(self) -> Runtime:
         if self._started is None:
             raise EngineClosed("this engine was not started; use it in 'async with'")
         return self._started
+
+    def _wakes(self) -> _Wakes:
+        """Those of the running loop."""
+        if self._woken is None or not self._woken.is_for(asyncio.get_running_loop()):
+            self._woken = _Wakes()
+        return self._woken
 
     async def generate(
         self,
@@ -89,7 +97,9 @@ class AsyncEngine:
         self, prompt: Prompt, params: SamplingParams | None, handling: Handling | None
     ) -> AsyncGenerator[RequestOutput, None]:
         changed = asyncio.Event()
-        state, ids = self._runtime.submit(prompt, params or SamplingParams(), handling or ANYHOW, _setter(changed))
+        state, ids = self._runtime.submit(
+            prompt, params or SamplingParams(), handling or ANYHOW, self._wakes().of(changed)
+        )
         try:
             while True:
                 await changed.wait()
@@ -111,7 +121,9 @@ class AsyncEngine:
         wanted, handled = params or SamplingParams(), handling or ANYHOW
         try:
             # One by one, so that those sent are aborted if a later one is refused.
-            pending.extend(self._runtime.submit(prompt, wanted, handled, _setter(changed)) for prompt in prompts)
+            pending.extend(
+                self._runtime.submit(prompt, wanted, handled, self._wakes().of(changed)) for prompt in prompts
+            )
             while not all(state.is_over for state, _ in pending):
                 await changed.wait()
                 changed.clear()
@@ -160,12 +172,30 @@ class AsyncEngine:
         await self.close()
 
 
-def _setter(changed: asyncio.Event) -> Callable[[], None]:
-    """The bus thread wakes the loop; a loop that has ended needs no waking."""
-    loop = asyncio.get_running_loop()
+class _Wakes:
+    """The bus thread's word to one event loop: however many requests change before it looks, it is woken once."""
 
-    def on_change() -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(changed.set)
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._changed: deque[asyncio.Event] = deque()
+        self._is_woken = False
 
-    return on_change
+    def is_for(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether it is this loop that is woken."""
+        return self._loop is loop
+
+    def of(self, changed: asyncio.Event) -> Callable[[], None]:
+        """What sets ``changed`` in the loop, to be called on any thread."""
+
+        def on_change() -> None:
+            self._changed.append(changed)
+            if not self._is_woken and not self._loop.is_closed():  # a loop that has ended needs no waking
+                self._is_woken = True
+                self._loop.call_soon_threadsafe(self._wake)
+
+        return on_change
+
+    def _wake(self) -> None:
+        self._is_woken = False  # first: what is added from here on is told again, or found below
+        while self._changed:
+            self._changed.popleft().set()
