@@ -330,28 +330,29 @@ def _forward(run: _Run, plan: RowPlan) -> tuple[float, float]:
     page_size, tables = run.static["page_size"], plan.tables.astype(np.int64)
     powers = np.cumprod(np.full(max(plan.ends), _WEIGHT, np.uint64))
     k_cache, v_cache, hidden = run.slots("k_cache"), run.slots("v_cache"), run.rows("hidden")
-    before = []
-    for row, start in enumerate(plan.starts):
-        positions = np.arange(start)
-        slots = tables[row, positions // page_size] * page_size + positions % page_size
-        expected = np.cumsum((k_cache["token"][slots] + 1).astype(np.uint64) * powers[:start])
-        is_wrong = (k_cache["token"][slots] < 0) | (k_cache["context"][slots] != expected)
-        if is_wrong.any():
-            at = int(is_wrong.argmax())
-            raise KernelError(
-                f"{run.where}: row {row} reads position {at} from page {slots[at] // page_size}, offset"
-                f" {at % page_size}, which holds no token of its context"
-            )
-        before.append(expected[-1] if start else np.uint64(0))
-    for row, (start, end) in enumerate(zip(plan.starts, plan.ends, strict=True)):
-        mine = slice(plan.offsets[row], plan.offsets[row + 1])
-        tokens = plan.tokens[mine].astype(np.int64)
-        context = before[row] + np.cumsum((tokens + 1).astype(np.uint64) * powers[start:end])
-        for cache in (k_cache, v_cache):
-            cache["token"][plan.slots[mine]] = tokens
-            cache["context"][plan.slots[mine]] = context
-        if plan.rows[row] >= 0:
-            hidden[plan.rows[row]] = tokens[-1], end - 1
+    starts, ends, offsets = np.array(plan.starts), np.array(plan.ends), np.array(plan.offsets)
+
+    # All rows at once: what they read, one row after another.
+    first = np.cumsum(starts) - starts
+    reader = np.repeat(np.arange(len(starts)), starts)
+    positions = np.arange(len(reader)) - first[reader]
+    slots = tables[reader, positions // page_size] * page_size + positions % page_size
+    expected, before = _contexts(k_cache["token"][slots], powers[positions], first, starts)
+    is_wrong = (k_cache["token"][slots] < 0) | (k_cache["context"][slots] != expected)
+    if is_wrong.any():
+        at = int(is_wrong.argmax())
+        raise KernelError(
+            f"{run.where}: row {reader[at]} reads position {positions[at]} from page {slots[at] // page_size}, offset"
+            f" {slots[at] % page_size}, which holds no token of its context"
+        )
+    tokens, lengths = plan.tokens.astype(np.int64), ends - starts
+    added, _ = _contexts(tokens, powers[plan.positions], offsets[:-1], lengths)
+    context = np.repeat(before, lengths) + added
+    for cache in (k_cache, v_cache):
+        cache["token"][plan.slots] = tokens
+        cache["context"][plan.slots] = context
+    kept = np.array(plan.rows) >= 0
+    hidden[np.array(plan.rows)[kept]] = np.stack([tokens[offsets[1:] - 1], ends - 1], axis=1)[kept]
     written = np.stack([plan.tokens, plan.positions, plan.slots])
     run.wrote("k_cache", written)
     run.wrote("v_cache", written)
@@ -359,6 +360,18 @@ def _forward(run: _Run, plan: RowPlan) -> tuple[float, float]:
     parameters, item = run.layer_parameters(), DTYPE_BYTES[run.static["dtype"]]
     token_bytes = 2 * run.static["num_layers"] * run.static["num_kv_heads"] * run.static["head_dim"] * item
     return parameters * item + token_bytes * sum(plan.ends), 2.0 * parameters * len(plan.tokens)
+
+
+def _contexts(
+    tokens: NDArray[np.int64], powers: NDArray[np.uint64], first: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """What each token stands behind, itself included, as one number; rows have ``lengths`` from ``first`` on. And each
+    row's last number, 0 if the row is empty.
+
+    Sums are modulo 2**64, so those of one row are differences of those over all.
+    """
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum((tokens + 1).astype(np.uint64) * powers)])
+    return sums[1:] - np.repeat(sums[first], lengths), sums[first + lengths] - sums[first]
 
 
 def _prefill(run: _Run) -> tuple[float, float]:

@@ -273,6 +273,7 @@ def test_a_gap_in_a_stream_fails_the_ask_and_cancels_the_call(
         (f"localhost:{os.geteuid() + 1}:0:{os.getpid()}", f"uid {os.geteuid() + 1} is not ours"),
         ("", "the kernel does not say who it is"),
     ],
+    ids=["another", "unknown"],
 )
 def test_a_peer_of_another_user_is_refused(
     nodes: Any, stranger: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, address: str, reason: str
