@@ -8,18 +8,19 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from ..bus import Progress
-from ..errors import EngineClosed
+from ..bus import Progress, unpack_tokens
+from ..errors import ChipbusError, EngineClosed
 from ..topology import Topology
 from .config import config_from_mapping
 from .engine import as_prompts, as_turns
 from .handling import ANYHOW, Handling
+from .messages.serving import Detokenize, Detokenized, Encoded, Tokenize
 from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
 from .plan import plan_engine
 from .process_tree import close_when_forgotten
 from .request import RequestState
-from .runtime import Prompt, Runtime
+from .runtime import Prompt, Runtime, TextAnswer, detokenize_message, tokenize_message
 from .sampling import SamplingParams
 
 __all__ = ["AsyncEngine"]
@@ -133,6 +134,35 @@ class AsyncEngine:
                 if not state.is_over:
                     self._runtime.abort(ids)
             raise
+
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """As ``Engine.tokenize``."""
+        message = tokenize_message(prompt if isinstance(prompt, str) else as_turns(prompt))
+        answer = await self._about_text(message)
+        assert isinstance(answer, Encoded)
+        ids: list[int] = unpack_tokens(answer.prompt_token_ids).tolist()
+        return ids
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """As ``Engine.detokenize``."""
+        answer = await self._about_text(detokenize_message(token_ids))
+        assert isinstance(answer, Detokenized)
+        return answer.text
+
+    async def _about_text(self, message: Tokenize | Detokenize) -> Encoded | Detokenized:
+        answers: list[TextAnswer] = []
+        answered = asyncio.Event()
+        wake = _setter(answered)
+
+        def settle(answer: TextAnswer) -> None:
+            answers.append(answer)
+            wake()
+
+        self._runtime.ask_about_text(message, settle)
+        await answered.wait()
+        if isinstance(answers[0], ChipbusError):
+            raise answers[0]
+        return answers[0]
 
     def statistics(self) -> Statistics:
         """The latest snapshot, refreshed whenever a request ends; never a round trip."""

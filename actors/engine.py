@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from ..bus import Progress
-from ..errors import RequestInvalid
+from ..bus import Progress, unpack_tokens
+from ..errors import ChipbusError, RequestInvalid
 from ..topology import Topology
 from .config import config_from_mapping
 from .handling import ANYHOW, Handling
-from .messages.serving import ChatTurn
+from .messages.serving import ChatTurn, Detokenize, Detokenized, Encoded, Tokenize
 from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
 from .plan import plan_engine
 from .process_tree import close_when_forgotten
 from .request import RequestState
-from .runtime import Prompt, Runtime
+from .runtime import Prompt, Runtime, TextAnswer, detokenize_message, tokenize_message
 from .sampling import SamplingParams
 
 __all__ = ["Engine", "as_prompts", "as_turns"]
@@ -156,6 +156,38 @@ class Engine:
                 if not state.is_over:
                     self._runtime.abort(ids)
             raise
+
+    def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids the model would see of a text or of a conversation (``chat``), its special tokens included.
+
+        Raises ``RequestInvalid``. The tokenizer actor is asked: nothing is loaded in the host application.
+        """
+        message = tokenize_message(prompt if isinstance(prompt, str) else as_turns(prompt))
+        answer = self._about_text(message)
+        assert isinstance(answer, Encoded)
+        ids: list[int] = unpack_tokens(answer.prompt_token_ids).tolist()
+        return ids
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included; an id without a token gives none. Raises ``RequestInvalid``."""
+        answer = self._about_text(detokenize_message(token_ids))
+        assert isinstance(answer, Detokenized)
+        return answer.text
+
+    def _about_text(self, message: Tokenize | Detokenize) -> Encoded | Detokenized:
+        answers: list[TextAnswer] = []
+        answered = threading.Event()
+
+        def settle(answer: TextAnswer) -> None:
+            answers.append(answer)
+            answered.set()
+
+        self._runtime.ask_about_text(message, settle)
+        while not answered.wait(0.2):
+            self._runtime.processes.check_usable()
+        if isinstance(answers[0], ChipbusError):
+            raise answers[0]
+        return answers[0]
 
     def statistics(self) -> Statistics:
         """Pages, requests and times now, asked from the replicas; raises ``EngineClosed`` or ``EngineDead``."""

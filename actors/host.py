@@ -13,7 +13,7 @@ from ..bus import Ask, pack_tokens
 from ..errors import Aborted, BadFrame, ChipbusError, PeerGone, WorkerDied
 from .attempts import Attempts
 from .boot import SUPERVISOR, TOKENIZER
-from .messages.serving import Encoded, Generate, TextDelta, TextDone
+from .messages.serving import Detokenize, Detokenized, Encoded, Generate, TextDelta, TextDone, Tokenize
 from .messages.tree import AllReplicaStatistics, Drain, Drained, GroupLost, ReplicaStatistics, ReplicaStatisticsRequest
 from .request import RequestState
 from .tree_actor import TreeActor
@@ -41,6 +41,16 @@ class _Request:
             self.ask.cancel()
 
 
+@attrs.frozen(eq=False)
+class _Question:
+    """One question about text under way."""
+
+    message: Tokenize | Detokenize
+    deadline_ns: int
+    attempts: Attempts  # on lives of the tokenizer
+    on_done: Callable[[Encoded | Detokenized | ChipbusError], None]
+
+
 class HostActor(TreeActor):
     """Puts requests on the bus and their answers into ``RequestState``."""
 
@@ -48,6 +58,7 @@ class HostActor(TreeActor):
         super().__init__()
         self._max_request_restarts = max_request_restarts
         self._requests: dict[str, _Request] = {}
+        self._questions: set[_Question] = set()
         self._dead: ChipbusError | None = None
         self._statistics_pending = False
         self.replicas: tuple[ReplicaStatistics, ...] = ()  # replaced whole, so other threads may read it
@@ -115,6 +126,52 @@ class HostActor(TreeActor):
         request.state.failed(self._dead or error)
         self.refresh_statistics(None)
 
+    # Questions about text.
+
+    def ask_about_text(
+        self,
+        message: Tokenize | Detokenize,
+        timeout_s: float,
+        on_done: Callable[[Encoded | Detokenized | ChipbusError], None],
+    ) -> None:
+        """Ask the tokenizer; ``on_done`` is called once, with the answer or the error."""
+        if self._dead is not None:
+            on_done(self._dead)
+            return
+        deadline_ns = self.ctx.clock.now_ns() + int(timeout_s * 1e9)
+        question = _Question(message, deadline_ns, Attempts(self._max_request_restarts), on_done)
+        self._questions.add(question)
+        self._put(question)
+
+    def _put(self, question: _Question) -> None:
+        def on_reply(reply: object) -> None:
+            assert isinstance(reply, Encoded | Detokenized)
+            self._answer(question, reply)
+
+        def on_error(error: ChipbusError) -> None:
+            if not isinstance(error, PeerGone):
+                self._answer(question, error)
+            elif self._dead is None and question.attempts.lost(0):
+                self._put(question)
+            else:
+                self._answer(question, self._dead or WorkerDied(question.attempts.spent(error)))
+
+        self.ctx.ask(
+            TOKENIZER,
+            question.message,
+            timeout_s=max(question.deadline_ns - self.ctx.clock.now_ns(), 1) / 1e9,
+            on_reply=on_reply,
+            on_error=on_error,
+            wait_for_link=True,
+        )
+
+    def _answer(self, question: _Question, answer: Encoded | Detokenized | ChipbusError) -> None:
+        if question in self._questions:
+            self._questions.remove(question)
+            question.on_done(answer)
+
+    # What concerns all.
+
     def drain(self, message: Drain, on_done: Callable[[Drained | ChipbusError], None]) -> None:
         """Pass a drain on to the supervisor."""
 
@@ -140,6 +197,8 @@ class HostActor(TreeActor):
             _, request = self._requests.popitem()
             request.withdraw()
             request.state.failed(error)
+        for question in list(self._questions):
+            self._answer(question, error)
 
     def is_fatal(self, lost: GroupLost) -> bool:
         """Tokenizer and router have no substitute; a replica has, as long as another one is left."""

@@ -19,7 +19,7 @@ from ..errors import ChipbusError, RequestInvalid
 from .handling import Handling
 from .host import HostActor
 from .manifest import write_manifest
-from .messages.serving import ChatTurn, Generate
+from .messages.serving import ChatTurn, Detokenize, Detokenized, Encoded, Generate, Tokenize
 from .messages.tree import ChildRecord, CloseReport, Drain, Drained
 from .outputs import Statistics
 from .plan import EnginePlan
@@ -27,9 +27,10 @@ from .process_tree import ProcessTree, TreeSettings
 from .request import RequestState
 from .sampling import SamplingParams
 
-__all__ = ["Prompt", "Runtime"]
+__all__ = ["Prompt", "Runtime", "TextAnswer", "detokenize_message", "tokenize_message"]
 
 Prompt = str | Sequence[int] | Sequence[ChatTurn]
+TextAnswer = Encoded | Detokenized | ChipbusError
 
 
 class Runtime:
@@ -97,6 +98,14 @@ class Runtime:
         for request_id in request_ids:
             self.processes.post(partial(self._host.abort, request_id))
 
+    # Text.
+
+    def ask_about_text(self, message: Tokenize | Detokenize, on_done: Callable[[TextAnswer], None]) -> None:
+        """Ask the tokenizer; ``on_done`` is called once, on the bus thread."""
+        self.processes.check_usable()
+        timeout_s = self.plan.config.request_timeout_s
+        self.processes.post(partial(self._host.ask_about_text, message, timeout_s, on_done))
+
     # What is going on.
 
     def tree(self) -> tuple[ChildRecord, ...]:
@@ -153,6 +162,18 @@ class Runtime:
         return self.processes.close()
 
 
+def tokenize_message(prompt: str | Sequence[ChatTurn]) -> Tokenize:
+    """The question which ids text or a conversation has."""
+    if isinstance(prompt, str):
+        return Tokenize(prompt=prompt)
+    return Tokenize(turns=tuple(prompt))
+
+
+def detokenize_message(token_ids: Sequence[int]) -> Detokenize:
+    """The question which text ids have; raises ``RequestInvalid`` for what is no id."""
+    return Detokenize(token_ids=pack_tokens([_int32(token_id) for token_id in token_ids]))
+
+
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
@@ -164,7 +185,8 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
 
 
 def _int32(token_id: object) -> int:
-    assert isinstance(token_id, int)
+    if not isinstance(token_id, int) or isinstance(token_id, bool):
+        raise RequestInvalid(f"token id {token_id!r} is no integer")
     if not 0 <= token_id < 2**31:
         raise RequestInvalid(f"token id {token_id} is outside [0, 2147483648)")
     return token_id

@@ -88,6 +88,8 @@ class SamplingParams:
     """Texts that end the request; the text before the first of them is returned."""
     stop_token_ids: tuple[int, ...] = _field((), _token_ids, converter=tuple)
     """Token ids that end the request, besides the model's own end-of-sequence ids."""
+    include_stop_str_in_output: bool = _field(False, _flag)
+    """Text that ends the request, a stop string or the text of a stop token, is returned, too."""
     ignore_eos: bool = _field(False, _flag)
     """Go on past the model's end-of-sequence ids."""
     min_tokens: int = _field(0, _number(0, 2**31 - 1, whole=True))
@@ -117,8 +119,9 @@ class SamplingParams:
         """Nothing that needs a closer look: it is made in every process a request passes, and checked each time."""
         temperature, seed = self.temperature, self.seed
         others = (
-            self.top_p, self.top_k, self.min_p, self.stop, self.stop_token_ids, self.ignore_eos, self.min_tokens,
-            self.logprobs, self.n, self.presence_penalty, self.frequency_penalty, self.repetition_penalty,
+            self.top_p, self.top_k, self.min_p, self.stop, self.stop_token_ids, self.include_stop_str_in_output,
+            self.ignore_eos, self.min_tokens, self.logprobs, self.n, self.presence_penalty, self.frequency_penalty,
+            self.repetition_penalty,
         )  # fmt: skip
         return (
             others == _USUAL
@@ -131,7 +134,7 @@ class SamplingParams:
         )
 
 
-_USUAL: tuple[Any, ...] = (1.0, 0, 0.0, (), (), False, 0, None, 1, 0.0, 0.0, 1.0)
+_USUAL: tuple[Any, ...] = (1.0, 0, 0.0, (), (), False, False, 0, None, 1, 0.0, 0.0, 1.0)
 _USUAL_TYPES = tuple(map(type, _USUAL))
 
 

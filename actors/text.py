@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,10 +95,11 @@ class StopScanner:
 
     The first is the one that ends first; of several ending at the same character, the longest. So the result depends
     on the text alone, not on how it was cut into pieces. Cost: one comparison per character and stop string, amortised
-    (Knuth, Morris, Pratt 1977).
+    (Knuth, Morris, Pratt 1977). With ``keeps`` the stop string belongs to the text, so nothing is held back.
     """
 
-    def __init__(self, stop: Iterable[str]) -> None:
+    def __init__(self, stop: Iterable[str], *, keeps: bool = False) -> None:
+        self._keeps = keeps
         self._stops = sorted(stop, key=len, reverse=True)
         self._borders = [_borders(stop) for stop in self._stops]
         self._matched = [0] * len(self._stops)  # per stop string: characters of it that end the text so far
@@ -106,7 +108,7 @@ class StopScanner:
     def feed(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
         """Next piece of text → (text that may be given out, the stop string found).
 
-        After a stop string was found, the text before it has been given out and nothing more may be fed. With
+        After a stop string was found, all text up to it has been given out and nothing more may be fed. With
         ``may_stop`` False (before ``min_tokens``) a stop string that ends in this piece is ordinary text.
         """
         if not self._stops:
@@ -117,8 +119,8 @@ class StopScanner:
             for index, stop in enumerate(self._stops):
                 if self._advance(index, character) and may_stop:
                     self._held = ""
-                    return buffered[: begin + offset + 1 - len(stop)], stop
-        keep = max(self._matched)
+                    return buffered[: begin + offset + 1 - (0 if self._keeps else len(stop))], stop
+        keep = 0 if self._keeps else max(self._matched)
         cut = len(buffered) - keep
         self._held = buffered[cut:]
         return buffered[:cut], None
@@ -180,7 +182,9 @@ class TextModel:
         self._tokenizer.no_padding()
         self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self._is_byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        self._has_byte_tokens = '"ByteFallback"' in _state(self._tokenizer.decoder)
         self._token_bytes: dict[int, bytes] = {}
+        self._shown_bytes: dict[int, bytes] = {}
         self._chat = _load_chat(directory)
         self._name = directory.name
 
@@ -213,6 +217,34 @@ class TextModel:
         """Token ids of a rendered conversation; the template wrote all special tokens already."""
         return self._encode(rendered, add_special_tokens=False)
 
+    def shown_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, for whoever looks at tokens one by one; none for an id without a token.
+
+        Of a byte-level token these are its exact bytes, maybe part of a character; of a special token, its name. A
+        token of any other tokenizer that is no byte has no bytes of its own: these are of the text it adds behind
+        another token.
+        """
+        known = self._shown_bytes.get(token_id)
+        if known is None:
+            known = self._shown_bytes[token_id] = self._show(token_id)
+        return known
+
+    def _show(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            return b""
+        if token_id in self._special:
+            return token.encode()
+        if self._is_byte_level:
+            return self._bytes_of(token_id)
+        byte = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        before = self._tokenizer.encode("a", add_special_tokens=False).ids  # at the start of a text spaces may be cut
+        alone, context = self.decode([token_id]), self.decode(before)
+        behind = self.decode([*before, token_id])
+        return (behind[len(context) :] if behind.startswith(context) else alone).encode()
+
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental decoder for one request's generated ids."""
         if self._is_byte_level:
@@ -244,6 +276,12 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # as sentencepiece writes them
+
+
+def _state(decoder: Any) -> str:
+    """A decoder as JSON text; tokenizers tells nothing else about the parts of a sequence."""
+    return "" if decoder is None else bytes(decoder.__getstate__()).decode()
 
 
 def _byte_level(token: str) -> bytes:

@@ -7,13 +7,13 @@ Owns: per open request, its decoder, its stop strings, and the tokens it has had
 
 What ends a request is cut the same way however the tokens arrive: token ids go up to and including the token that
 completed the end (end-of-sequence, stop id, or the last character of a stop string); text goes up to, and without, the
-text of that end. The text of the first tokens depends on those alone; so when this process dies, its next life makes
-the same of the tokens the host has had, and goes on behind them.
+text of that end, or with it if that is asked for. The text of the first tokens depends on those alone; so when this
+process dies, its next life makes the same of the tokens the host has had, and goes on behind them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,20 @@ from ..errors import BadFrame, ChipbusError, PeerGone, RequestInvalid, WorkerDie
 from .attempts import Attempts
 from .boot import ROUTER, SUPERVISOR
 from .messages.routing import Routed
-from .messages.serving import Encoded, Generate, Submit, TextDelta, TextDone, TokenDelta, TokensDone
+from .messages.serving import (
+    ChatTurn,
+    Detokenize,
+    Detokenized,
+    Encoded,
+    Generate,
+    LogprobRow,
+    Submit,
+    TextDelta,
+    TextDone,
+    TokenDelta,
+    Tokenize,
+    TokensDone,
+)
 from .scheduler import check_prompt_length, stop_ids
 from .text import StopScanner, TextModel
 
@@ -92,6 +105,15 @@ class TokenizerActor(Actor):
         self._streams[request.request_id] = stream
         stream.begin(request.generated)
 
+    @handles(Tokenize)
+    def _tokenize(self, question: Tokenize, call: Call) -> None:
+        prompt, token_ids = self._encoded(question.prompt, question.turns)
+        call.reply(Encoded(prompt=prompt, prompt_token_ids=token_ids))
+
+    @handles(Detokenize)
+    def _detokenize(self, question: Detokenize, call: Call) -> None:
+        call.reply(Detokenized(text=self._model.decode(unpack_tokens(question.token_ids).tolist())))
+
     def _forget(self, request_id: str, call: Call) -> None:
         stream = self._streams.get(request_id)
         if stream is not None and stream.call is call:  # a later attempt may have taken its place
@@ -106,9 +128,13 @@ class TokenizerActor(Actor):
             )
         if request.prompt_token_ids is not None:
             return self._model.decode(unpack_tokens(request.prompt_token_ids).tolist()), request.prompt_token_ids
-        if request.prompt is not None:
-            return request.prompt, pack_tokens(self._model.encode(request.prompt))
-        rendered = self._model.render(request.turns)
+        return self._encoded(request.prompt, request.turns)
+
+    def _encoded(self, prompt: str | None, turns: Sequence[ChatTurn]) -> tuple[str, bytes]:
+        """Text and packed ids of a prompt, or of a conversation."""
+        if prompt is not None:
+            return prompt, pack_tokens(self._model.encode(prompt))
+        rendered = self._model.render(turns)
         return rendered, pack_tokens(self._model.encode_chat(rendered))
 
 
@@ -131,8 +157,10 @@ class _Stream:
         self._attempts = attempts
         self._stop_at = stop_at
         self._on_end = on_end
+        self._shown_bytes = model.shown_bytes
         self._detokenizer = model.detokenizer()
-        self._scanner = StopScanner(submit.params.stop)
+        self._keeps_end = submit.params.include_stop_str_in_output
+        self._scanner = StopScanner(submit.params.stop, keeps=self._keeps_end)
         self._token_ids: list[int] = []  # of the answer, as far as they have been passed on
         self._ask: Ask | None = None
         self._began_ns = self._first_ns = self._last_ns = ctx.clock.now_ns()
@@ -210,18 +238,21 @@ class _Stream:
         self._last_ns = self._ctx.clock.now_ns()
         self._first_ns = self._first_ns if first else self._last_ns
         taken = self._token_ids[first:]
-        self.call.item(
-            TextDelta(token_index=first, text=text, token_ids=pack_tokens(taken), logprobs=new.logprobs[: len(taken)])
-        )
+        rows = tuple(self._shown(row) for row in new.logprobs[: len(taken)])
+        self.call.item(TextDelta(token_index=first, text=text, token_ids=pack_tokens(taken), logprobs=rows))
         if hit is not None:
             self._stop(hit)
+
+    def _shown(self, row: LogprobRow) -> LogprobRow:
+        top = tuple(map(self._shown_bytes, row.top_ids))
+        return attrs.evolve(row, token_bytes=self._shown_bytes(row.token_id), top_bytes=top)
 
     def _text_of(self, token_ids: list[int]) -> tuple[str, str | None]:
         """Text that may be given out after these tokens, and the stop string that the last one taken completed."""
         pieces = []
         for token_id in token_ids:
             may_stop = len(self._token_ids) >= self._submit.params.min_tokens
-            is_end = may_stop and token_id in self._stop_at
+            is_end = may_stop and token_id in self._stop_at and not self._keeps_end
             piece, hit = self._scanner.feed("" if is_end else self._detokenizer.add(token_id), may_stop=may_stop)
             self._token_ids.append(token_id)
             pieces.append(piece)

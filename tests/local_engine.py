@@ -62,8 +62,7 @@ class LocalEngine:
             chip="null",
             data_parallel_size=replicas,
             max_restarts=1_000_000,
-            max_request_restarts=20,
-            **{**sizes, **settings},
+            **{"max_request_restarts": 20, **sizes, **settings},
         )
         self.system = LocalSystem(seed, directory=False)
         self.host = HostActor(config.max_request_restarts)

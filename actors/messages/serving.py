@@ -14,6 +14,8 @@ from ..sampling import SamplingParams
 
 __all__ = [
     "ChatTurn",
+    "Detokenize",
+    "Detokenized",
     "Encoded",
     "Generate",
     "LogprobRow",
@@ -21,6 +23,7 @@ __all__ = [
     "TextDelta",
     "TextDone",
     "TokenDelta",
+    "Tokenize",
     "TokensDone",
 ]
 
@@ -55,7 +58,7 @@ class Generate:
 @message(0x0202, lane=Lane.WORK)
 @attrs.frozen(kw_only=True)
 class Encoded:
-    """The prompt as the model sees it. Always the first item of a ``Generate``."""
+    """The prompt as the model sees it. Always the first item of a ``Generate``, and the reply to a ``Tokenize``."""
 
     prompt: str  # decoded from the ids if the caller gave ids
     prompt_token_ids: TokenIds
@@ -69,7 +72,7 @@ class LogprobRow:
     logprob: float
     top_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
-    token_bytes: bytes = b""  # what the token stands for, maybe part of a character; filled in by the tokenizer
+    token_bytes: bytes = b""  # what the token stands for: maybe part of a character, of a special token its name
     top_bytes: tuple[bytes, ...] = ()  # the same of ``top_ids``
 
 
@@ -175,3 +178,31 @@ class TextDone:
     finish_reason: str  # "stop" | "length"
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it; None for the model's own end
     tokens: TokensDone
+
+
+@message(0x020B, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class Tokenize:
+    """Engine asks tokenizer: what would the model see of this? Either ``prompt`` or ``turns`` is given.
+
+    Reply: ``Encoded``. Error: ``RequestInvalid``. How long it may be is not asked.
+    """
+
+    prompt: str | None = None
+    turns: tuple[ChatTurn, ...] = ()
+
+
+@message(0x020C, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class Detokenize:
+    """Engine asks tokenizer: which text are these ids? Reply: ``Detokenized``."""
+
+    token_ids: TokenIds
+
+
+@message(0x020D, lane=Lane.WORK)
+@attrs.frozen(kw_only=True)
+class Detokenized:
+    """The tokenizer's reply: the text of all ids, special tokens included; an id without a token gives none."""
+
+    text: str

@@ -82,6 +82,23 @@ def test_special_tokens_are_no_text_and_added_tokens_are(models):
     assert model.decode(ids) == "a<|im_end|>b<tool_call>c"
 
 
+@pytest.mark.guarantee("X1")
+@given(st.text(max_size=30), st.booleans())
+@settings(max_examples=150, deadline=None, print_blob=True)
+def test_the_bytes_of_a_texts_tokens_are_the_bytes_of_the_text(models, text, ends):
+    text += "<|im_end|>" if ends else ""
+    ids = models["byte-level"].encode(text)
+    assert b"".join(map(models["byte-level"].shown_bytes, ids)) == text.encode()
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "the quick  brown", "<|im_end|>", "\0"])
+def test_bytes_of_a_tokenizer_with_byte_tokens_are_those_of_the_text_behind_a_space(models, text):
+    model = models["byte-fallback"]
+    shown = [model.shown_bytes(token_id) for token_id in model.encode(text)]
+    assert b"".join(shown).removeprefix(b" ") == text.encode()
+    assert models["byte-fallback"].shown_bytes(10**6) == models["byte-level"].shown_bytes(-1) == b""
+
+
 def test_an_endless_run_of_broken_bytes_is_not_held_back_for_ever(models):
     for kind, first in (("byte-level", "Ģ"), ("byte-fallback", "<0x80>")):
         model = models[kind]
@@ -133,6 +150,19 @@ def test_a_stop_string_before_min_tokens_is_text():
     assert scanner.feed("xab", may_stop=False) == ("xab", None)
     assert scanner.feed("a", may_stop=False) == ("", None)
     assert scanner.feed("bab") == ("", "ab")
+
+
+@given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=6), min_size=1), st.integers(1, 9))
+def test_a_scanner_that_keeps_the_stop_string_holds_nothing_back_and_cuts_behind_it(text, stop, size):
+    scanner, given_out, hit = StopScanner(stop, keeps=True), "", None
+    for position in range(0, len(text), size):
+        out, hit = scanner.feed(text[position : position + size])
+        given_out += out
+        if hit:
+            break
+        assert given_out == text[: position + size]
+    before, naive_hit = naive_stop(text, stop)
+    assert (given_out, hit, scanner.flush()) == (before + (naive_hit or ""), naive_hit, "")
 
 
 def test_without_stop_strings_nothing_is_held_back():

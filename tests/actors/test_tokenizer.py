@@ -13,7 +13,18 @@ from small_tokenizers import TEXTS, byte_level_directory
 from tokenizers import Tokenizer
 
 from chipbus.actors.messages.routing import Routed
-from chipbus.actors.messages.serving import ChatTurn, Encoded, LogprobRow, Submit, TextDelta, TokenDelta, TokensDone
+from chipbus.actors.messages.serving import (
+    ChatTurn,
+    Detokenize,
+    Detokenized,
+    Encoded,
+    LogprobRow,
+    Submit,
+    TextDelta,
+    TokenDelta,
+    Tokenize,
+    TokensDone,
+)
 from chipbus.actors.router import RouterActor
 from chipbus.actors.tokenizer import TokenizerActor
 from chipbus.bus import Actor, Call, LocalSystem, handles, pack_tokens, unpack_tokens
@@ -223,6 +234,24 @@ def test_stop_strings_count_only_after_min_tokens(directory, reference):
     assert (answer.text, answer.tokens, answer.reply.stop_reason) == ("aXb", ids[:4], "X")
 
 
+@pytest.mark.guarantee("X2")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("stop", ["END", "e\u0301!", "語 👩"])
+def test_what_ends_a_request_is_in_its_text_if_asked_for(directory, reference, seed, stop):
+    house = House(directory, reference.encode(ANSWER).ids, seed)
+    cut, whole = (
+        house.host.generate("a", max_tokens=150, stop=stop, include_stop_str_in_output=kept) for kept in (False, True)
+    )
+    house.finish()
+    assert whole.text == cut.text + stop == ANSWER[: ANSWER.index(stop) + len(stop)]
+    assert whole.tokens == cut.tokens
+    assert whole.reply.stop_reason == cut.reply.stop_reason == stop
+    resumed = Answer(attrs.evolve(whole.message, generated=pack_tokens(whole.tokens), attempt=2))
+    house.host.submit_again(resumed)
+    house.finish()
+    assert (resumed.text, resumed.reply.stop_reason) == ("", stop)
+
+
 @pytest.mark.guarantee("R33")
 def test_the_token_that_ends_a_request_is_in_its_ids_and_not_in_its_text(directory, reference):
     ids = reference.encode("ab.").ids
@@ -240,7 +269,9 @@ def test_the_token_that_ends_a_request_is_in_its_ids_and_not_in_its_text(directo
     by_eos = house.host.generate("a")
     ignored = house.host.generate("a", ignore_eos=True)
     too_early = house.host.generate("a", min_tokens=3)
+    kept = house.host.generate("a", include_stop_str_in_output=True)
     house.finish()
+    assert (kept.text, kept.tokens) == ("ab.", ids)
     assert [answer.text for answer in (by_id, by_eos, ignored, too_early)] == ["ab", "ab", "ab.", "ab."]
     assert all(answer.tokens == ids for answer in (by_id, by_eos, ignored, too_early))
     assert [answer.reply.stop_reason for answer in (by_id, by_eos)] == [ids[-1], None]
@@ -294,6 +325,47 @@ def test_log_probabilities_are_cut_with_the_tokens(directory, reference):
     house.finish()
     (item,) = [item for item in answer.items if isinstance(item, TextDelta)]
     assert [row.token_id for row in item.logprobs] == answer.tokens == ids[:2]
+
+
+@pytest.mark.guarantee("X3")
+def test_a_row_of_log_probabilities_carries_the_bytes_of_its_tokens(directory, reference):
+    house = House(directory)
+    ids = reference.encode("日<|im_end|>").ids
+    first, *others = ids
+    row = LogprobRow(first, -0.5, top_ids=(others[-1], 10**6), top_logprobs=(-1.0, -2.0))
+    answer = deltas(house, TokenDelta(0, pack_tokens([first]), (row,)), delta(1, *others))
+    rows = [row for item in answer.items if isinstance(item, TextDelta) for row in item.logprobs]
+    assert b"".join(row.token_bytes for row in rows) == "日<|im_end|>".encode()
+    assert len(rows[0].token_bytes) < 3, "part of a character"
+    assert rows[0].top_bytes == (b"<|im_end|>", b"")
+
+
+@pytest.mark.guarantee("X4")
+def test_text_and_conversations_have_ids_and_ids_have_a_text(directory, reference):
+    house = House(directory)
+    conversation = (ChatTurn("user", "naïve"),)
+    rendered = "<|im_start|>user\nnaïve<|im_end|>\n<|im_start|>assistant\n"
+    ids = reference.encode(rendered).ids
+    answers = [
+        house.host.send(message, 10.0)
+        for message in (
+            Tokenize(prompt=rendered),
+            Tokenize(turns=conversation),
+            Detokenize(token_ids=pack_tokens([*ids, 10**6])),
+            Tokenize(turns=(ChatTurn("pirate", "arr"),)),
+            Tokenize(prompt=""),
+        )
+    ]
+    house.finish()
+    assert [answer.reply for answer in answers] == [
+        Encoded(prompt=rendered, prompt_token_ids=pack_tokens(ids)),
+        Encoded(prompt=rendered, prompt_token_ids=pack_tokens(ids)),
+        Detokenized(text=rendered),
+        None,
+        Encoded(prompt="", prompt_token_ids=b""),
+    ]
+    assert type(answers[3].error) is RequestInvalid
+    assert house.replica.seen == []
 
 
 def test_an_end_that_is_no_end_fails_the_request(directory):

@@ -92,6 +92,18 @@ def test_text_and_ids_of_the_same_prompt_give_the_same_tokens(engine: Engine) ->
     assert by_ids.prompt == "replica"
 
 
+def test_an_engine_tells_the_ids_of_text_and_the_text_of_ids(engine: Engine) -> None:
+    whole = engine.generate("replica core", GREEDY)[0]
+    turns = [{"role": "user", "content": "hi"}]
+
+    assert engine.tokenize("replica core") == list(whole.prompt_token_ids)
+    assert engine.tokenize(turns) == list(engine.chat(turns, GREEDY)[0].prompt_token_ids)
+    assert engine.detokenize(whole.prompt_token_ids) == "replica core"
+    for wrong in (["a"], [True], [2**31], [-1]):
+        with pytest.raises(errors.RequestInvalid):
+            engine.detokenize(wrong)  # type: ignore[arg-type]
+
+
 def test_n_completions_use_one_seed_each(engine: Engine) -> None:
     output = engine.generate("chip", SamplingParams(max_tokens=3, n=3, seed=5))[0]
 
@@ -240,6 +252,9 @@ def test_async_engine_gives_the_same_items(engine: Engine) -> None:
         async with AsyncEngine("demo", chip="null") as other:
             deltas = [delta async for delta in other.stream([41, 42], GREEDY)]
             assert tuple(t for d in deltas for c in d.outputs for t in c.token_ids) == whole.token_ids
+            assert await other.detokenize(await other.tokenize("replica")) == "replica"
+            with pytest.raises(errors.RequestInvalid, match="message 0"):
+                await other.tokenize([{"role": "user"}])
             both = await other.generate([[41, 42], [43]], GREEDY)
             assert both[0].outputs[0].token_ids == whole.token_ids
             async for _ in other.stream([44], SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)):
