@@ -79,6 +79,7 @@ class EngineConfig:
     max_num_seqs: int = _setting(16, "requests running at once, per replica", _whole(1))
     max_num_batched_tokens: int = _setting(4096, "tokens per step, per replica", _whole(1))
     prefill_chunk_tokens: int = _setting(2048, "longest piece of a prompt in one step", _whole(1))
+    prefix_cache: bool = _setting(True, "keep pages of prompts for later prompts that begin alike", _yes_or_no)
     page_size: int = _setting(128, "tokens per KV page", _whole(1), flags=("--page-size", "--block-size"))
     kv_pages: int | None = _setting(None, "KV pages per replica; default: what fits", _whole(1))
     seed: int = _setting(0, "draws the seeds of requests that bring none", _whole(0), flags=("--engine-seed",))

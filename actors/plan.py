@@ -109,6 +109,7 @@ class EnginePlan:
                 "weights": self.weights,
                 "limits": msgspec.to_builtins(self.limits),
                 "prefill_chunk_tokens": self.config.prefill_chunk_tokens,
+                "prefix_cache": self.config.prefix_cache,
                 "max_waiting": self.config.max_waiting,
                 "max_request_restarts": self.config.max_request_restarts,
                 "load_timeout_s": self.config.start_timeout_s,

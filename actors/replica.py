@@ -17,7 +17,7 @@ import msgspec
 
 from ..bus import Actor, Call, Progress, Ready, handles, pack_tokens, unpack_tokens
 from ..errors import Aborted, ChipbusError, WorkerDied, WorkerLost
-from ..kernels.dispatch import Completion
+from ..kernels.dispatch import Completion, Dispatch
 from ..kernels.qwen3.model import ModelSpec
 from ..kernels.qwen3.step import Limits, ModelPrograms, build_step, read_step
 from .attempts import Attempts
@@ -25,7 +25,7 @@ from .boot import SUPERVISOR
 from .lane import ChipLane, Outcome
 from .messages.launching import AllocTensor, RegisterProgram
 from .messages.serving import LogprobRow, Submit, TokenDelta, TokensDone
-from .messages.tree import ReplicaStatistics, ReplicaStatisticsRequest, StartError
+from .messages.tree import ProgramStatistics, ReplicaStatistics, ReplicaStatisticsRequest, StartError
 from .scheduler import Batch, Ending, Scheduler, SchedulerConfig, TokenEvent
 
 __all__ = ["ReplicaActor", "ReplicaConfig"]
@@ -43,6 +43,7 @@ class ReplicaConfig:
     weights: str = ""  # what matrices are kept in: "int8", or "" for ``dtype``
     limits: Limits
     prefill_chunk_tokens: int
+    prefix_cache: bool = True
     max_waiting: int
     max_request_restarts: int
     load_timeout_s: float  # for one program or tensor to become resident
@@ -59,6 +60,7 @@ class _Serving:
     num_tokens: int  # of its answer, delivered by this or an earlier life
     first_step_ns: int = 0
     first_token_ns: int = 0
+    num_cached_tokens: int = 0  # of its prompt, that no step of this life had to compute
 
 
 @attrs.frozen(eq=False)
@@ -66,7 +68,18 @@ class _Step:
     """The step on the chip."""
 
     batch: Batch
+    dispatches: tuple[Dispatch, ...]
     began_ns: int
+
+
+@attrs.define(eq=False)
+class _ProgramCount:
+    """What one program was given so far."""
+
+    name: str
+    dispatches: int = 0
+    tokens: int = 0
+    device_ns: int = 0
 
 
 class ReplicaActor(Actor):
@@ -78,13 +91,14 @@ class ReplicaActor(Actor):
         self._step: _Step | None = None
         self._is_reported_ready = False
         self._next_dispatch_id = 1
-        self._steps = self._tokens_generated = self._prompt_tokens = self._step_ns = self._device_ns = 0
+        self._steps = self._tokens_generated = self._prompt_tokens = self._step_ns = 0
 
     def on_start(self) -> None:
         """Read the model's description; the chip follows when it is up."""
         self._began_ns = self.ctx.clock.now_ns()
         spec = ModelSpec.from_directory(self.config.model_dir, self.config.dtype)
         self._programs = ModelPrograms.build(spec, self.config.limits, weights=self.config.weights)
+        self._counts = {program.digest: _ProgramCount(program.name) for program in self._programs.programs}
         self._scheduler = Scheduler(
             SchedulerConfig(
                 limits=self.config.limits,
@@ -92,6 +106,7 @@ class ReplicaActor(Actor):
                 max_waiting=self.config.max_waiting,
                 vocab_size=spec.vocab_size,
                 eos_token_ids=spec.eos_token_ids,
+                prefix_cache=self.config.prefix_cache,
             )
         )
         self._lane = ChipLane(
@@ -158,7 +173,7 @@ class ReplicaActor(Actor):
         self._fail(request_id, Aborted(f"a later attempt has taken the place of request {request_id}"))
         ending = self._scheduler.add(
             request_id, unpack_tokens(message.prompt_token_ids), message.params, generated,
-            is_admitted=message.attempt > 1,
+            priority=message.handling.priority, is_admitted=message.attempt > 1,
         )  # fmt: skip
         attempts = Attempts(self.config.max_request_restarts, message.attempt)
         serving = _Serving(call, self.ctx.clock.now_ns(), attempts, len(generated))
@@ -194,10 +209,11 @@ class ReplicaActor(Actor):
         now_ns = self.ctx.clock.now_ns()
         for row in batch.record.rows:
             serving = self._serving[row.request_id]
-            serving.first_step_ns = serving.first_step_ns or now_ns
+            if not serving.first_step_ns:
+                serving.first_step_ns, serving.num_cached_tokens = now_ns, row.start
         dispatches = build_step(self._programs, batch.step, self._next_dispatch_id)
         self._next_dispatch_id += len(dispatches)
-        self._step = step = _Step(batch, now_ns)
+        self._step = step = _Step(batch, dispatches, now_ns)
         self._record(batch)
         trace_id = self._serving[batch.record.rows[0].request_id].call.trace_id
         after = [[*range(position)][-1:] for position in range(len(dispatches))]  # each works on what the last one left
@@ -225,7 +241,7 @@ class ReplicaActor(Actor):
         tokens = read_step(step.batch.step, completions)
         now_ns = self.ctx.clock.now_ns()
         self._steps += 1
-        self._device_ns += sum(completion.device_ns for completion in completions)
+        self._count(step.dispatches, completions)
         self._prompt_tokens += sum(len(row.tokens) for row in step.batch.step.prefills)
         self._step = None
         for event in self._scheduler.apply(step.batch, tokens):
@@ -256,6 +272,7 @@ class ReplicaActor(Actor):
                 replica=self.config.replica,
                 dp_rank=self.config.dp_rank,
                 attempt=serving.attempts.number,
+                num_cached_tokens=serving.num_cached_tokens,
                 queued_s=(serving.first_step_ns - serving.arrived_ns) / 1e9,
                 prefill_s=(serving.first_token_ns - serving.first_step_ns) / 1e9,
                 decode_s=(self.ctx.clock.now_ns() - serving.first_token_ns) / 1e9,
@@ -270,6 +287,7 @@ class ReplicaActor(Actor):
 
     @handles(ReplicaStatisticsRequest)
     def _statistics(self, _message: ReplicaStatisticsRequest, call: Call) -> None:
+        counts = self._counts.values()
         call.reply(
             ReplicaStatistics(
                 replica=self.config.replica,
@@ -281,9 +299,23 @@ class ReplicaActor(Actor):
                 tokens_generated=self._tokens_generated,
                 prompt_tokens=self._prompt_tokens,
                 step_ns=self._step_ns,
-                device_ns=self._device_ns,
+                device_ns=sum(count.device_ns for count in counts),
+                pages_cached=self._scheduler.pages_cached,
+                pending_tokens=self._scheduler.pending_tokens,
+                preemptions=self._scheduler.preemptions,
+                prefix_queries=self._scheduler.prefix_queries,
+                prefix_hits=self._scheduler.prefix_hits,
+                programs=tuple(ProgramStatistics(c.name, c.dispatches, c.tokens, c.device_ns) for c in counts),
             )
         )
+
+    def _count(self, dispatches: Sequence[Dispatch], completions: Sequence[Completion]) -> None:
+        for dispatch, completion in zip(dispatches, completions, strict=True):
+            count = self._counts[dispatch.program]
+            count.dispatches += 1
+            # What is first given by value has one element for each token, or each row, that is to be computed.
+            count.tokens += next(arg.shape[0] for arg in dispatch.args if not arg.resident)
+            count.device_ns += completion.device_ns
 
     def _record(self, batch: Batch) -> None:
         """The batch decision, with the ids that tie callers' requests to the step."""

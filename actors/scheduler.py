@@ -4,19 +4,24 @@ Owns: the requests of one replica core, their order, and its ``PagePool``. Threa
 
     add ──▶ waiting ──admit──▶ running ──apply──▶ finished
                ▲                  │
-               └──── preempt ─────┘   the youngest, when pages run out; its tokens are computed again later
+               └──── preempt ─────┘   the last in rank, when pages run out; its tokens are computed again later
 
-One step: first one token of every sequence that decodes, then chunks of prompts in order of arrival, then new requests.
-The oldest request always gets its tokens and pages, so every request ends.
+Rank is priority, lower first, and then arrival. One step: first one token of every sequence that decodes, then chunks
+of prompts in order of rank, then new requests. The first in rank of those running always gets its tokens and pages, so
+among equal priorities every request ends.
+
+Prefix cache: a page filled with prompt tokens is found again by later prompts that begin with the same tokens, from the
+moment the step that filled it was applied; two prompts that are computed at the same time do not share.
 """
 
 from __future__ import annotations
 
+import bisect
 import enum
 import hashlib
 import itertools
 import struct
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import attrs
@@ -25,7 +30,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, ContextTooLong, Overloaded, RequestInvalid
 from ..kernels.qwen3.step import DecodeRow, Limits, PrefillRow, SampledToken, SampleRow, StepInput
-from .pages import PagePool
+from .pages import PagePool, page_keys
 from .sampling import SamplingParams
 
 __all__ = [
@@ -60,6 +65,8 @@ class SchedulerConfig:
     """Of the model: token ids lie in [0, vocab_size)."""
     eos_token_ids: tuple[int, ...]
     """The model's own ends of text."""
+    prefix_cache: bool = True
+    """Whether pages of prompts are kept for later prompts that begin alike."""
 
     def __attrs_post_init__(self) -> None:
         for name in ("prefill_chunk_tokens", "max_waiting", "vocab_size"):
@@ -97,7 +104,7 @@ class BatchRecord:
     step_id: int
     rows: tuple[BatchRow, ...]
     preempted: tuple[str, ...]
-    """Requests sent back to waiting before this step, youngest first."""
+    """Requests sent back to waiting before this step, last in rank first."""
 
 
 @attrs.frozen(eq=False)
@@ -131,14 +138,17 @@ class TokenEvent:
 @attrs.define(eq=False)
 class _Request:
     request_id: str
-    arrival: int
+    rank: tuple[int, int]  # priority, arrival: who comes first in everything
     prompt: Int32
     params: SamplingParams
     seed: int
     max_new_tokens: int  # max_tokens, or what the context leaves
     stops: frozenset[int]  # ids that end it
     banned: Int32  # ids not to be chosen before min_tokens
-    generated: list[int] = attrs.field(factory=list)
+    keys: Sequence[bytes]  # of the whole pages of its prompt; none if nothing is to be cached
+    generated: list[int]
+    is_running: bool = False
+    is_new: bool = True  # until it is admitted first
     computed: int = 0  # leading tokens whose keys and values are in the pages
     pages: list[int] = attrs.field(factory=list)
     block_table: Int32 = _NO_IDS  # the pages as an array; replaced, never changed, since steps in flight refer to it
@@ -229,11 +239,17 @@ class Scheduler:
         # A sequence that outgrows all pages could never end; so the pages, too, bound the context.
         self._context = min(config.limits.max_model_len, config.limits.num_pages * config.limits.page_size)
         self._requests: dict[str, _Request] = {}
-        self._running: list[_Request] = []  # by arrival; all of them older than all waiting ones
-        self._waiting: deque[_Request] = deque()  # by arrival
+        self._running: list[_Request] = []  # by rank
+        self._waiting: list[_Request] = []  # by rank
         self._in_flight: Batch | None = None
         self._arrivals = 0
         self._steps = 0
+        self.preemptions = 0
+        """Requests sent back to waiting because pages ran out."""
+        self.prefix_queries = 0
+        """Prompt tokens of requests admitted for the first time."""
+        self.prefix_hits = 0
+        """Of these, found in the prefix cache."""
 
     @property
     def pages_total(self) -> int:
@@ -244,6 +260,11 @@ class Scheduler:
     def pages_free(self) -> int:
         """KV pages nobody holds; all of them when there is no request and no step in flight."""
         return self._pool.num_free
+
+    @property
+    def pages_cached(self) -> int:
+        """Of the free pages, those that hold the beginning of a prompt."""
+        return self._pool.num_idle
 
     @property
     def num_running(self) -> int:
@@ -267,12 +288,14 @@ class Scheduler:
         params: SamplingParams,
         generated: Int32 = _NO_IDS,
         *,
+        priority: int = 0,
         is_admitted: bool = False,
     ) -> Ending | None:
         """Queue a request. Nothing is kept if it raises, nor if it turns out to have ended already.
 
         prompt: (tokens,) int32, ids in [0, vocab_size). ``params.seed`` is resolved, never None.
         generated: (tokens,) int32, tokens of its answer that an earlier life has delivered; it goes on behind them.
+        priority: lower goes first; equal ones in order of arrival.
         is_admitted: it was taken once, so a full queue is no reason to refuse it.
         Raises ``RequestInvalid`` (empty prompt, id outside the vocabulary, id in use, every token forbidden, more
         generated than asked for), ``ContextTooLong`` (no room for one token in the context or in all pages),
@@ -307,13 +330,14 @@ class Scheduler:
         assert params.seed is not None
         request = _Request(
             request_id=request_id,
-            arrival=self._arrivals + 1,
+            rank=(priority, self._arrivals + 1),
             prompt=prompt,
             params=params,
             seed=params.seed,
             max_new_tokens=min(params.max_tokens, self._context - len(prompt)),
             stops=stop_ids(params, self._config.eos_token_ids),
             banned=banned,
+            keys=page_keys(prompt, self._page_size) if self._config.prefix_cache else (),
             generated=generated.tolist(),
         )
         if len(generated) > request.max_new_tokens:
@@ -324,7 +348,7 @@ class Scheduler:
         if ending is None:
             self._arrivals += 1
             self._requests[request_id] = request
-            self._waiting.append(request)
+            _insert(self._waiting, request)
         return ending
 
     def abort(self, request_id: str) -> bool:
@@ -335,11 +359,11 @@ class Scheduler:
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
-        if request in self._running:
-            self._running.remove(request)
+        if request.is_running:
+            _remove(self._running, request)
             self._free_pages(request)
         else:
-            self._waiting.remove(request)
+            _remove(self._waiting, request)
         return True
 
     def next_batch(self) -> Batch | None:
@@ -350,10 +374,9 @@ class Scheduler:
             for request in tuple(self._running):
                 if request.decodes == decodes and request not in plan.preempted:
                     self._plan(plan, request)
-        while plan.budget and self._can_admit():  # never a request preempted above: fewer pages are free than it needs
-            request = self._waiting.popleft()
-            self._running.append(request)
-            self._plan(plan, request)
+        while plan.budget and not plan.preempted and (admitted := self._admit()) is not None:
+            self._plan(plan, admitted)
+        self.preemptions += len(plan.preempted)
         if not plan.rows:
             return None
         self._steps += 1
@@ -373,6 +396,7 @@ class Scheduler:
             if self._requests.get(request.request_id) is not request:  # aborted; its id may be in use again
                 continue
             request.computed += plan.length
+            self._enter_pages(request, plan.start)
             if token is not None:
                 events.append(self._advance(request, token))
         self.drop(batch)
@@ -388,19 +412,17 @@ class Scheduler:
         """The chip lost its memory: all requests wait, and their tokens so far will be computed again."""
         assert self._in_flight is None, "a step is in flight"
         while self._running:
-            self._preempt_youngest()
+            self._preempt_last()
+        self._pool.forget()
 
     def check_integrity(self) -> None:
         """Assert what must hold between any two calls."""
         self._pool.check_integrity()
-        holders = [page for request in self._running for page in request.pages]
-        assert len(holders) == len(set(holders)), "a page is owned twice"
-        counts = Counter(holders + list(self._in_flight._held if self._in_flight else ()))
-        for page in range(self._pool.num_pages):
-            assert self._pool.references(page) == counts[page], f"page {page} is held by nobody known"
         assert sorted(map(id, [*self._running, *self._waiting])) == sorted(map(id, self._requests.values()))
-        arrivals = [request.arrival for request in [*self._running, *self._waiting]]
-        assert arrivals == sorted(arrivals), "a younger request overtook an older one"
+        for requests in (self._running, self._waiting):
+            ranks = [request.rank for request in requests]
+            assert ranks == sorted(set(ranks)), "a request is out of its place"
+            assert all(request.is_running == (requests is self._running) for request in requests)
         assert len(self._running) <= self._max_running
         for request in self._requests.values():
             assert request.computed < request.num_tokens <= self._context
@@ -409,9 +431,35 @@ class Scheduler:
         for request in self._waiting:
             assert not request.pages
             assert not request.computed
+        self._check_pages()
+
+    def _check_pages(self) -> None:
+        """Every reference has its holder, and only pages that nobody writes any more are shared."""
+        holders = Counter(page for request in self._running for page in request.pages)
+        held = Counter(self._in_flight._held if self._in_flight else ())
+        for page in range(self._pool.num_pages):
+            assert self._pool.references(page) == holders[page] + held[page], f"page {page} is held by nobody known"
+            assert holders[page] <= 1 or self._pool.key(page) is not None, f"page {page} is owned twice"
+        for request in self._running:
+            for position, page in enumerate(request.pages):
+                key = self._pool.key(page)
+                assert key is None or request.keys[position : position + 1] == [key], f"page {page} holds other tokens"
+                assert key is None or (position + 1) * self._page_size <= request.computed
+        if self._in_flight is not None:
+            step = self._in_flight.step
+            spans = [(row.block_table, row.start, row.start + len(row.tokens)) for row in step.prefills]
+            spans += [(row.block_table, row.position, row.position + 1) for row in step.decodes]
+            slots = [
+                (table[at // self._page_size], at % self._page_size)
+                for table, begin, end in spans
+                for at in range(begin, end)
+            ]
+            assert len(slots) == len(set(slots)) <= self._limits.max_num_batched_tokens
+            assert {page for page, _ in slots} == held.keys(), "a step writes a page that is not kept for it"
+            assert all(self._pool.key(page) is None for page in held), "a step writes a page that others may read"
 
     def _plan(self, plan: _StepPlan, request: _Request) -> None:
-        """Give a running request its tokens of this step, and the pages for them, at the cost of younger requests."""
+        """Give a running request its tokens of this step, and the pages for them, at the cost of those behind it."""
         length = 1
         if not request.decodes:
             left = len(request.prompt) - request.computed
@@ -421,12 +469,12 @@ class Scheduler:
             plan.budget -= length
 
     def _grow(self, plan: _StepPlan, request: _Request, num_tokens: int) -> bool:
-        """Make the pages of ``request`` cover ``num_tokens``, preempting the youngest; False if that is itself."""
+        """Make the pages of ``request`` cover ``num_tokens``, preempting from the last; False if that is itself."""
         missing = self._pages_for(num_tokens) - len(request.pages)
         if missing <= 0:
             return True
         while (pages := self._pool.allocate(missing, request.pages[-1] if request.pages else None)) is None:
-            victim = self._preempt_youngest()
+            victim = self._preempt_last()
             plan.preempt(victim)
             if victim is request:
                 return False
@@ -434,24 +482,45 @@ class Scheduler:
         request.block_table = np.array(request.pages, np.int32)
         return True
 
-    def _can_admit(self) -> bool:
-        """Whether the oldest waiting request may run.
+    def _admit(self) -> _Request | None:
+        """Let the first waiting request run, with the pages of its prompt that are there; None if it may not yet.
 
         Besides what running ones still need there must be pages for all of its tokens so far; otherwise it would soon
-        be preempted, and its part of the work done twice.
+        be preempted, and its part of the work done twice. One prompt token at least is left to compute.
         """
         if not self._waiting or len(self._running) >= self._max_running:
-            return False
-        promised = sum(self._pages_for(request.num_tokens) - len(request.pages) for request in self._running)
-        return self._pages_for(self._waiting[0].num_tokens) <= self._pool.num_free - promised
+            return None
+        request = self._waiting[0]
+        cached = self._pool.find(request.keys[: (len(request.prompt) - 1) // self._page_size])
+        shared = sum(self._pool.references(page) > 0 for page in cached)  # these are not among the free ones
+        promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self._running)
+        if self._pages_for(request.num_tokens) - shared > self._pool.num_free - promised:
+            return None
+        del self._waiting[0]
+        _insert(self._running, request)
+        request.is_running = True
+        self._pool.share(cached)
+        request.pages = cached
+        request.block_table = np.array(cached, np.int32)
+        request.computed = len(cached) * self._page_size
+        if request.is_new:
+            request.is_new = False
+            self.prefix_queries += len(request.prompt)
+            self.prefix_hits += request.computed
+        return request
+
+    def _enter_pages(self, request: _Request, start: int) -> None:
+        """Let later prompts find the pages that were filled with prompt tokens since position ``start``."""
+        for number in range(start // self._page_size, min(request.computed // self._page_size, len(request.keys))):
+            self._pool.enter(request.pages[number], request.keys[number])
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
 
-    def _preempt_youngest(self) -> _Request:
+    def _preempt_last(self) -> _Request:
         victim = self._running.pop()
         self._free_pages(victim)
-        self._waiting.appendleft(victim)
+        _insert(self._waiting, victim)
         return victim
 
     def _free_pages(self, request: _Request) -> None:
@@ -459,6 +528,7 @@ class Scheduler:
         request.pages = []
         request.block_table = _NO_IDS
         request.computed = 0
+        request.is_running = False
 
     def _advance(self, request: _Request, token: SampledToken) -> TokenEvent:
         """Take one more generated token, and end the request if it is the last."""
@@ -506,6 +576,19 @@ class Scheduler:
             planned=tuple(plan.rows.values()),
             held=tuple(held),
         )
+
+
+def _rank(request: _Request) -> tuple[int, int]:
+    return request.rank
+
+
+def _insert(requests: list[_Request], request: _Request) -> None:
+    """Where its rank puts it."""
+    bisect.insort(requests, request, key=_rank)
+
+
+def _remove(requests: list[_Request], request: _Request) -> None:
+    del requests[bisect.bisect_left(requests, request.rank, key=_rank)]
 
 
 def _sample_row(request: _Request, row: int) -> SampleRow:

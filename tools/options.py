@@ -39,7 +39,8 @@ def engine_options(command: Command) -> Command:
     for field in reversed(attrs.fields(EngineConfig)):
         if field.name != "model":
             kind = value_type(field.name)
-            takes: dict[str, Any] = {"flag_value": "true"} if kind is bool else {"metavar": _METAVARS[kind]}
+            opposite: dict[str, Any] = {"flag_value": plain(not field.default)}
+            takes = opposite if kind is bool else {"metavar": _METAVARS[kind]}
             command = click.option(*flag_names(field.name), f"setting_{field.name}", help=_engine_help(field), **takes)(
                 command
             )
@@ -67,6 +68,8 @@ def resolved_from(options: dict[str, Any]) -> Resolved:
 
 def _engine_help(field: attrs.Attribute[Any]) -> str:
     text = str(field.metadata["help"])
+    if field.default is True:
+        return f"do not {text}"
     return text if field.default is None or field.default is False else f"{text}  [default: {plain(field.default)}]"
 
 

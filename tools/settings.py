@@ -110,11 +110,14 @@ def resolve_settings(flags: Mapping[str, str | None], environ: Mapping[str, str]
 
 
 def flag_names(name: str) -> tuple[str, ...]:
-    """Every spelling of one setting's flag, the usual one first. ``model`` is the positional MODEL."""
+    """Every spelling of one setting's flag, the usual one first. ``model`` is the positional MODEL.
+
+    The flag of a boolean says the opposite of its default: what is on unless asked otherwise has a ``--no-…``.
+    """
     if name == "model":
         return ("MODEL",)
     field = getattr(attrs.fields(EngineConfig), name)
-    return tuple(field.metadata["flags"]) or (f"--{name.replace('_', '-')}",)
+    return tuple(field.metadata["flags"]) or (f"--{'no-' * (field.default is True)}{name.replace('_', '-')}",)
 
 
 def value_type(name: str) -> type:

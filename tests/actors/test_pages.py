@@ -1,12 +1,15 @@
-"""PagePool against a brute-force model: a page is free or held, and never given out twice."""
+"""PagePool against a brute-force model: a page is free or held, never given out twice, and found by what it holds."""
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chipbus.actors.pages import PagePool
+from chipbus.actors.pages import PagePool, page_keys
 
 
 def test_neighbouring_pages_are_preferred():
@@ -53,29 +56,105 @@ def test_a_free_page_can_be_neither_released_nor_shared(misuse):
         getattr(pool, misuse)([0])
 
 
-@given(st.integers(1, 12), st.lists(st.tuples(st.sampled_from(["allocate", "share", "release"]), st.integers(0, 12))))
-@settings(max_examples=150, deadline=None, print_blob=True)
+def test_a_key_says_what_a_page_and_all_before_it_hold():
+    tokens = np.arange(20, 31, dtype=np.int32)
+    first = hashlib.blake2b(np.array([20, 21, 22, 23], "<i4").tobytes(), digest_size=16).digest()
+    second = hashlib.blake2b(first + np.array([24, 25, 26, 27], "<i4").tobytes(), digest_size=16).digest()
+    assert page_keys(tokens, 4) == [first, second]
+    assert page_keys(tokens[4:], 4)[0] != second
+    assert page_keys(tokens[:3], 4) == []
+
+
+@pytest.mark.guarantee("R51")
+def test_pages_that_can_be_found_are_given_out_last_the_longest_idle_first():
+    pool = PagePool(6)
+    older, newer = pool.allocate(2), pool.allocate(2)
+    for page, key in zip([*older, *newer], "abcd", strict=True):
+        pool.enter(page, key.encode())
+    pool.release(older)
+    pool.release(newer)
+    assert (pool.num_free, pool.num_idle) == (6, 4)
+    assert pool.allocate(2) == [4, 5], "pages that hold nothing come first"
+    assert pool.allocate(1) == [older[1]], "then the end of the prefix that nobody has used for longest"
+    assert pool.find([b"a", b"b"]) == older[:1]
+    pool.share(older[:1])
+    pool.release(older[:1])
+    assert pool.allocate(1) == [newer[1]], "using a page makes it young again"
+    assert pool.find([b"c"]) == newer[:1]
+    pool.check_integrity()
+
+
+def test_of_two_pages_with_the_same_content_the_first_is_found():
+    pool = PagePool(3)
+    pages = pool.allocate(2)
+    for page in pages:
+        pool.enter(page, b"same")
+    assert pool.find([b"same", b"other", b"same"]) == [0]
+    pool.release(pages)
+    assert (pool.num_free, pool.num_idle) == (3, 1)
+    pool.check_integrity()
+
+
+def test_a_chip_without_its_memory_holds_nothing_to_be_found():
+    pool = PagePool(3)
+    for page, key in zip(pool.allocate(2), (b"a", b"b"), strict=True):
+        pool.enter(page, key)
+    pool.release([0])
+    pool.forget()
+    assert pool.find([b"a"]) == pool.find([b"b"]) == []
+    assert (pool.num_free, pool.num_idle) == (2, 0)
+    pool.check_integrity()
+
+
+OPERATIONS = ["allocate", "share", "release", "enter", "find", "forget"]
+
+
+@given(st.integers(1, 12), st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 12))))
+@settings(max_examples=200, deadline=None, print_blob=True)
 def test_no_page_is_lost_or_held_twice_whatever_happens(num_pages, operations):
     pool = PagePool(num_pages)
     holdings: list[list[int]] = []
+    content: dict[bytes, int] = {}  # what could be found, if nothing had been evicted
+
+    def held() -> list[int]:
+        return [page for pages in holdings for page in pages]
+
     for operation, number in operations:
-        held = [page for pages in holdings for page in pages]
+        key = bytes([number % 4])
         if operation == "allocate":
-            free = num_pages - len(set(held))
-            pages = pool.allocate(number, after=held[-1] if held else None)
+            free = num_pages - len(set(held()))
+            blank = free - pool.num_idle
+            pages = pool.allocate(number, after=held()[-1] if held() else None)
             assert (pages is None) == (number > free)
             if pages:
                 assert len(set(pages)) == number
-                assert not set(pages) & set(held)
+                assert not set(pages) & set(held())
+                assert pool.num_idle == free - blank - max(0, number - blank), "no more is evicted than must be"
                 holdings.append(pages)
+                content = {key: page for key, page in content.items() if page not in pages}
+        elif operation == "find":
+            found = pool.find([key])
+            assert set(found) <= {content.get(key)}
+            pool.share(found)
+            holdings.append(found)
+        elif operation == "forget":
+            pool.forget()
+            content = {}
         elif holdings:
-            index = number % len(holdings)
+            pages = holdings[number % len(holdings)]
             if operation == "share":
-                pool.share(holdings[index])
-                holdings.append(holdings[index])
+                pool.share(pages)
+                holdings.append(pages)
+            elif operation == "enter":
+                if pages and pages[0] not in content.values():
+                    pool.enter(pages[0], key)
+                    content.setdefault(key, pages[0])
             else:
-                pool.release(holdings.pop(index))
+                pool.release(holdings.pop(number % len(holdings)))
         pool.check_integrity()
-        held = [page for pages in holdings for page in pages]
-        assert [pool.references(page) for page in range(num_pages)] == [held.count(page) for page in range(num_pages)]
-        assert pool.num_free == num_pages - len(set(held))
+        now = held()
+        assert [pool.references(page) for page in range(num_pages)] == [now.count(page) for page in range(num_pages)]
+        assert pool.num_free == num_pages - len(set(now))
+        assert all(
+            pool.find([key]) == [page] for key, page in content.items() if pool.references(page) or pool.key(page)
+        )

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from serving_actors import Answer, Asker, Supervisor
 
 from chipbus.actors.chip import ChipActor
+from chipbus.actors.handling import Handling
 from chipbus.actors.messages.serving import Submit
+from chipbus.actors.messages.tree import ReplicaStatisticsRequest
 from chipbus.actors.replica import ReplicaActor
 from chipbus.actors.sampling import SamplingParams
 from chipbus.bus import LocalSystem, pack_tokens
@@ -272,3 +274,44 @@ def test_the_same_seed_gives_the_same_run() -> None:
         return replica.system.clock.now_ns(), [answer.reply.queued_s + answer.reply.decode_s for answer in answers]
 
     assert run(11) == run(11)
+
+
+@pytest.mark.guarantee("R58")
+def test_a_request_is_told_how_much_of_its_prompt_was_found_and_the_statistics_add_up() -> None:
+    replica = Replica(3, max_num_seqs=1)
+    prompt = list(range(20, 33))
+    answers = ask(replica, prompt, prompt, [*prompt[:6], 50, 51, 52], max_tokens=3)
+    replica.finish()
+    told = Answer(ReplicaStatisticsRequest())
+    replica.asker.submit_again(told)
+    replica.system.run_until(lambda: told.is_over)
+
+    assert [answer.reply.num_cached_tokens for answer in answers] == [0, 12, 4]
+    statistics = told.reply
+    assert (statistics.prefix_queries, statistics.prefix_hits) == (13 + 13 + 9, 16)
+    assert statistics.prompt_tokens == 13 + 1 + 5
+    assert (statistics.pages_free, statistics.pages_cached) == (statistics.pages_total, 4)
+    assert (statistics.pending_tokens, statistics.preemptions) == (0, 0)
+    programs = {program.program: (program.dispatches, program.tokens) for program in statistics.programs}
+    each = (statistics.steps, statistics.tokens_generated)
+    assert programs == {
+        "prefill": (4, 19),  # of 13 tokens 8 and 5, as a chunk has 8; of the others one each
+        "decode": (6, 6),
+        "final_norm": (9, 9),
+        "lm_head": (9, 9),
+        "sample": (9, 9),
+    }
+    assert each == (10, 9)
+    assert statistics.device_ns == sum(program.device_ns for program in statistics.programs) > 0
+
+
+@pytest.mark.guarantee("R59")
+def test_a_request_with_a_lower_priority_number_overtakes_those_that_wait() -> None:
+    replica = Replica(3, max_num_seqs=1)
+    ask(replica, [20, 21], [22, 23])
+    urgent = Answer(attrs.evolve(submit([24, 25], max_tokens=3), handling=Handling(priority=-1), attempt=1))
+    replica.asker.submit_again(urgent)
+    replica.system.run_until(lambda: urgent.is_over)
+
+    assert not replica.asker.answers[1].items
+    replica.finish()

@@ -26,13 +26,14 @@ def params(**fields: object) -> SamplingParams:
     return SamplingParams(**({"temperature": 0, "seed": 1, "max_tokens": 5} | fields))  # type: ignore[arg-type]
 
 
-def config(**changes: int) -> SchedulerConfig:
+def config(*, prefix_cache: bool = True, **changes: int) -> SchedulerConfig:
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 40, "page_size": 4, "num_pages": 20}
     others = {"prefill_chunk_tokens": 8, "max_waiting": 50}
     return SchedulerConfig(
         limits=Limits(**{name: changes.get(name, size) for name, size in sizes.items()}),
         vocab_size=VOCAB,
         eos_token_ids=EOS,
+        prefix_cache=prefix_cache,
         **{name: changes.get(name, size) for name, size in others.items()},
     )
 
@@ -63,8 +64,8 @@ class Core:
         self.ends: dict[str, tuple[str, int | None]] = {}
         self.batches: list[Batch] = []
 
-    def add(self, request_id: str, ids: np.ndarray, params_: SamplingParams | None = None) -> None:
-        self.scheduler.add(request_id, ids, params_ or params())
+    def add(self, request_id: str, ids: np.ndarray, params_: SamplingParams | None = None, priority: int = 0) -> None:
+        self.scheduler.add(request_id, ids, params_ or params(), priority=priority)
         self.tokens[request_id] = []
         self.scheduler.check_integrity()
 
@@ -103,6 +104,11 @@ class Core:
                 assert self.scheduler.pending_tokens == 0
                 return
         raise AssertionError(f"requests are left after {limit} steps")
+
+    def computed(self, request_id: str) -> list[tuple[str, int, int]]:
+        """Every row of a request: kind, start, length."""
+        rows = [row for batch in self.batches for row in batch.record.rows if row.request_id == request_id]
+        return [(str(row.kind), row.start, row.length) for row in rows]
 
     def check(self, batch: Batch) -> None:
         """The record and the chip input say the same, within all limits."""
@@ -208,8 +214,8 @@ def test_a_generated_token_stays_a_decode_row_when_it_is_computed_again():
 
 def test_a_request_is_admitted_only_if_its_prompt_fits_beside_what_running_ones_still_need():
     core = Core(num_pages=5, prefill_chunk_tokens=4)
-    for name in "ab":
-        core.add(name, prompt(*range(20, 32)), params(max_tokens=1))
+    for name, first in (("a", 20), ("b", 40)):
+        core.add(name, prompt(*range(first, first + 12)), params(max_tokens=1))
     core.run()
     assert [row.request_id for batch in core.batches for row in batch.record.rows] == ["a"] * 3 + ["b"] * 3
 
@@ -440,7 +446,16 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[object, ...]]]:
         "max_model_len": draw(st.integers(4, 40)),
     }
     room = min(changes["max_model_len"], changes["num_pages"] * page_size)
-    ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=max(room - 1, 1))
+    longest = max(room - 1, 1)
+    ids = st.one_of(
+        st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=longest),
+        st.builds(  # which begin alike, so that pages are shared
+            lambda seed, length, tail: [*[(seed + at) % VOCAB for at in range(length)], *tail][:longest],
+            st.integers(0, 1),
+            st.integers(1, longest),
+            st.lists(st.integers(0, 3), max_size=2),
+        ),
+    )
     wants = st.builds(
         lambda tokens, least, stop, ignore: params(
             max_tokens=tokens, min_tokens=min(least, tokens), stop_token_ids=stop, ignore_eos=ignore
@@ -451,7 +466,7 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[object, ...]]]:
         st.booleans(),
     )
     moves = st.one_of(
-        st.tuples(st.just("add"), ids, wants),
+        st.tuples(st.just("add"), ids, wants, st.integers(-1, 1)),
         st.tuples(st.just("step")),
         st.tuples(st.just("abort"), st.integers(0, 20)),
         st.tuples(st.just("abort in flight"), st.integers(0, 20)),
@@ -485,9 +500,9 @@ def test_every_request_gets_the_tokens_it_would_get_alone(case):
             ids = np.array(move[1], np.int32)
             if len(ids) >= context:
                 with pytest.raises(ContextTooLong):
-                    core.add(name, ids, move[2])
+                    core.add(name, ids, move[2], move[3])
             else:
-                core.add(name, ids, move[2])
+                core.add(name, ids, move[2], move[3])
                 wanted[name] = (ids, move[2])
         elif move[0] == "step":
             core.step()
@@ -497,6 +512,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(case):
             core.scheduler.lose_pages()
             core.scheduler.check_integrity()
             assert core.scheduler.pages_free == core.scheduler.pages_total
+            assert core.scheduler.pages_cached == 0
         elif (batch := core.begin()) is not None:
             if move[0] == "drop":
                 core.scheduler.drop(batch)
@@ -522,3 +538,116 @@ def test_same_calls_give_same_decisions():
         return [batch.record for batch in core.batches]
 
     assert records() == records()
+
+
+PREFIX = tuple(range(20, 32))  # three pages of four
+
+
+@pytest.mark.guarantee("R50")
+def test_of_a_prompt_that_begins_like_an_earlier_one_only_the_rest_is_computed():
+    core = Core()
+    core.add("first", prompt(*PREFIX, 50), params(max_tokens=1))
+    core.run()
+    core.add("longer", prompt(*PREFIX, 51, 52, 53))
+    core.add("equal", prompt(*PREFIX))
+    core.add("other", prompt(*PREFIX[:8], 1, *PREFIX[9:]))
+    core.run()
+    assert [core.computed(name)[0] for name in ("first", "longer", "equal", "other")] == [
+        ("prefill", 0, 8),
+        ("prefill", 12, 3),
+        ("prefill", 8, 4),  # one token at least is computed, so the last page is
+        ("prefill", 8, 4),
+    ]
+    for name, ids in (("longer", (*PREFIX, 51, 52, 53)), ("equal", PREFIX), ("other", (*PREFIX[:8], 1, *PREFIX[9:]))):
+        assert (core.tokens[name], core.ends[name]) == expected(prompt(*ids), params())
+    assert (core.scheduler.prefix_queries, core.scheduler.prefix_hits) == (13 + 15 + 12 + 12, 12 + 8 + 8)
+
+
+@pytest.mark.guarantee("R52")
+def test_a_page_is_found_only_once_its_step_was_applied_and_not_when_the_chip_has_lost_it():
+    core = Core(max_num_batched_tokens=32, prefill_chunk_tokens=32)
+    core.add("a", prompt(*PREFIX, 50), params(max_tokens=1))
+    core.add("at the same time", prompt(*PREFIX, 51), params(max_tokens=1))
+    batch = core.begin()
+    core.scheduler.drop(batch)
+    core.scheduler.check_integrity()
+    for name in ("a", "at the same time"):
+        core.scheduler.abort(name)
+    core.add("b", prompt(*PREFIX, 52), params(max_tokens=1))
+    core.run()
+    core.scheduler.lose_pages()
+    core.add("c", prompt(*PREFIX, 53), params(max_tokens=1))
+    core.run()
+    assert core.computed("at the same time") == core.computed("b") == core.computed("c") == [("prefill", 0, 13)]
+    assert core.scheduler.prefix_hits == 0
+
+
+@pytest.mark.guarantee("R53")
+def test_a_generated_token_is_computed_as_prompt_once_before_a_later_prompt_finds_it():
+    core = Core()
+    core.add("a", prompt(20, 21, 22), params(max_tokens=12))
+    core.run()
+    turn = prompt(20, 21, 22, *core.tokens["a"], 40)
+    for name in ("b", "c"):
+        core.add(name, turn, params(max_tokens=1))
+        core.run()
+    assert core.computed("b")[0] == ("prefill", 0, 8), "no page of the first request is wholly prompt"
+    assert core.computed("c")[0] == ("prefill", 12, 4)
+
+
+@pytest.mark.guarantee("R54")
+def test_a_preempted_request_finds_its_own_prompt_again_and_counts_as_computed_by_itself():
+    core = Core(num_pages=7, max_model_len=28, max_num_seqs=2)
+    for name, first in (("a", 20), ("b", 40)):
+        core.add(name, prompt(*range(first, first + 9)), params(max_tokens=12))
+    core.run()
+    assert core.scheduler.preemptions > 0
+    assert [start for kind, start, _ in core.computed("b") if kind == "prefill"].count(8) == 2, "the page is found"
+    assert [start for kind, start, _ in core.computed("b") if kind == "prefill"].count(0) == 1
+    assert core.scheduler.prefix_hits == 0
+
+
+@pytest.mark.guarantee("R55")
+def test_without_a_prefix_cache_no_page_is_found():
+    core = Core(prefix_cache=False)
+    for name in "ab":
+        core.add(name, prompt(*PREFIX, 50), params(max_tokens=1))
+        core.run()
+    assert core.computed("a") == core.computed("b")
+    assert core.scheduler.pages_cached == core.scheduler.prefix_hits == 0
+
+
+@pytest.mark.guarantee("R56")
+def test_lower_priorities_go_first_and_equal_ones_by_arrival():
+    core = Core(max_num_seqs=1)
+    for name, priority in (("a", 0), ("late", 5), ("b", 0), ("first", -1), ("c", 0)):
+        core.add(name, prompt(20, 21), params(max_tokens=2, ignore_eos=True), priority)
+    core.run()
+    assert list(core.ends) == ["first", "a", "b", "c", "late"]
+
+
+@pytest.mark.guarantee("R57")
+def test_the_last_in_priority_then_in_arrival_is_preempted_and_goes_back_to_its_place():
+    core = Core(num_pages=9, max_model_len=24)
+    wants = params(max_tokens=12, ignore_eos=True)
+    for name, priority in (("x", 3), ("a", 0), ("b", 0), ("y", 3)):
+        core.add(name, prompt(*range(20 + len(core.tokens), 23 + len(core.tokens))), wants, priority)
+    while not (batch := core.step()).record.preempted:
+        pass
+    core.add("z", prompt(30, 31, 32), wants, 3)
+    assert batch.record.preempted[0] == "y"
+    core.run()
+    preempted = [name for batch in core.batches for name in batch.record.preempted]
+    assert "x" in preempted, "the longest served, and yet behind both others"
+    assert not {"a", "b"} & set(preempted)
+    assert list(core.ends) == ["a", "b", "x", "y", "z"]
+
+
+def test_one_more_of_equal_priority_does_not_keep_those_before_it_waiting():
+    core = Core(max_num_seqs=2, num_pages=6, max_model_len=24)
+    core.add("large", prompt(*range(20, 40)), params(max_tokens=2))
+    for number in range(40):
+        core.add(f"small {number}", prompt(50, 51), params(max_tokens=2))
+        core.step()
+    assert "large" in core.ends
+    core.run()

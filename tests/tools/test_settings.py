@@ -26,7 +26,9 @@ OTHERS = {  # a valid value that is nobody's default, where the type alone does 
 
 
 def other_value(name: str) -> Any:
-    return OTHERS.get(name) or {bool: True, int: 7, float: 2.5, Path: Path("somewhere")}[value_type(name)]
+    if value_type(name) is bool:
+        return not getattr(EngineConfig(), name)
+    return OTHERS.get(name) or {int: 7, float: 2.5, Path: Path("somewhere")}[value_type(name)]
 
 
 def as_text(value: Any) -> str:
@@ -68,9 +70,9 @@ def test_every_spelling_of_every_flag_reaches_its_setting(name: str) -> None:
     def command(print_config: bool, **options: Any) -> None:
         seen.append(resolved_from(options))
 
-    value = str(other_value(name))
+    value, takes_none = str(other_value(name)), value_type(name) is bool
     for spelling in flag_names(name):
-        given_arguments = [value] if name == "model" else [spelling] if value == "True" else [spelling, value]
+        given_arguments = [value] if name == "model" else [spelling] if takes_none else [spelling, value]
         result = CliRunner().invoke(command, given_arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
 

@@ -1,0 +1,41 @@
+"""The prefix cache with real numerics: what is found again gives the very bits that computing it again would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+
+import pytest
+
+from chipbus import Engine, RequestOutput, SamplingParams
+
+TEXT = files("chipbus").joinpath("demo", "sentences.json").read_text("utf-8")[:400]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine("demo", page_size=16, prefill_chunk_tokens=24, threads=1) as engine:
+        yield engine
+
+
+def numbers(output: RequestOutput) -> tuple[object, ...]:
+    """Tokens and log-probabilities of a greedy answer and of a sampled one."""
+    return tuple((completion.token_ids, completion.logprobs) for completion in output.outputs)
+
+
+@pytest.mark.guarantee("R60")
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0, 1.0], ids=["greedy", "sampled"])
+def test_a_prompt_that_is_found_gives_the_bits_of_one_that_is_computed(engine: Engine, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=12, logprobs=3, ignore_eos=True)
+    computed = engine.statistics().prompt_tokens
+    [cold] = engine.generate([f"{temperature} {TEXT}"], params)
+    [warm] = engine.generate([f"{temperature} {TEXT}"], params)
+    length = len(cold.prompt_token_ids)
+
+    assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, (length - 1) // 16 * 16)
+    assert warm.num_cached_tokens > 64, "a block of attention at least"
+    assert numbers(warm) == numbers(cold)
+    statistics = engine.statistics()
+    assert statistics.prompt_tokens - computed == 2 * length - warm.num_cached_tokens
+    assert statistics.pages_free == statistics.pages_total
