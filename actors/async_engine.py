@@ -19,6 +19,7 @@ from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
 from .plan import plan_engine
 from .process_tree import close_when_forgotten
+from .report import EngineReport, Event
 from .request import RequestState
 from .runtime import Prompt, Runtime, TextAnswer, detokenize_message, tokenize_message
 from .sampling import SamplingParams
@@ -167,6 +168,30 @@ class AsyncEngine:
     def statistics(self) -> Statistics:
         """The latest snapshot, refreshed whenever a request ends; never a round trip."""
         return self._runtime.latest_statistics()
+
+    async def report(self) -> EngineReport:
+        """See ``Engine.report``."""
+        return await asyncio.to_thread(self._runtime.report)
+
+    async def events(self, after: int = 0) -> AsyncGenerator[Event, None]:
+        """Events as they happen, from the first kept one whose number is above ``after``; ends with the engine.
+
+        A reader who is more than 200 behind misses the oldest; the numbers say so.
+        """
+        changed = asyncio.Event()
+        forget = self._runtime.listen(_setter(changed))
+        try:
+            while True:
+                is_over = self._runtime.processes.is_over
+                for event in self._runtime.events(after):
+                    after = event.number
+                    yield event
+                if is_over:
+                    return
+                await changed.wait()
+                changed.clear()
+        finally:
+            forget()
 
     def tree(self) -> list[ChildRecord]:
         """As ``Engine.tree``."""

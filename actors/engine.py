@@ -17,6 +17,7 @@ from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
 from .plan import plan_engine
 from .process_tree import close_when_forgotten
+from .report import EngineReport
 from .request import RequestState
 from .runtime import Prompt, Runtime, TextAnswer, detokenize_message, tokenize_message
 from .sampling import SamplingParams
@@ -192,6 +193,13 @@ class Engine:
     def statistics(self) -> Statistics:
         """Pages, requests and times now, asked from the replicas; raises ``EngineClosed`` or ``EngineDead``."""
         return self._runtime.fetch_statistics()
+
+    def report(self) -> EngineReport:
+        """Everything there is to tell, for metrics and status pages; raises ``EngineClosed`` or ``EngineDead``.
+
+        What processes answer is asked at most once a second, however many call; what the engine counts is of now.
+        """
+        return self._runtime.report()
 
     def tree(self) -> list[ChildRecord]:
         """Every process of this engine: name, kind, pid, parent, state, incarnation, restarts."""

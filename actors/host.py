@@ -1,6 +1,7 @@
 """The engine's end of the bus: one actor on a thread of the host application.
 
-Owns: the requests this engine has on the bus, and the latest picture of the process tree. Thread: the bus thread.
+Owns: the requests this engine has on the bus, the latest picture of the process tree, and what there is to report of
+both. Thread: the bus thread.
 """
 
 from __future__ import annotations
@@ -9,12 +10,24 @@ from collections.abc import Callable
 
 import attrs
 
-from ..bus import Ask, pack_tokens
+from ..bus import Ask, count_tokens, handles, pack_tokens
 from ..errors import Aborted, BadFrame, ChipbusError, PeerGone, WorkerDied
 from .attempts import Attempts
 from .boot import SUPERVISOR, TOKENIZER
 from .messages.serving import Detokenize, Detokenized, Encoded, Generate, TextDelta, TextDone, Tokenize
-from .messages.tree import AllReplicaStatistics, Drain, Drained, GroupLost, ReplicaStatistics, ReplicaStatisticsRequest
+from .messages.tree import (
+    AllReplicaStatistics,
+    CloseReport,
+    Drain,
+    Drained,
+    GroupLost,
+    ReplicaStatistics,
+    ReplicaStatisticsRequest,
+    TreeChanged,
+    TreeReady,
+)
+from .meter import OpenRequest
+from .reporter import Reporter
 from .request import RequestState
 from .tree_actor import TreeActor
 
@@ -33,6 +46,7 @@ class _Request:
     deadline_ns: int
     attempts: Attempts  # on lives of the tokenizer
     trace_id: bytes
+    measured: OpenRequest
     ask: Ask | None = None
 
     def withdraw(self) -> None:
@@ -63,6 +77,27 @@ class HostActor(TreeActor):
         self._statistics_pending = False
         self.replicas: tuple[ReplicaStatistics, ...] = ()  # replaced whole, so other threads may read it
         self.requests_total = 0
+        self.reporter = Reporter()
+
+    def on_start(self) -> None:
+        """The inbox is bound: count from here."""
+        self.reporter.open(self.ctx)
+        super().on_start()
+
+    @handles(TreeChanged)
+    def _tree_changed(self, message: TreeChanged, call: object) -> None:
+        super()._tree_changed(message, call)
+        self.reporter.saw_tree(message.children)
+
+    @handles(TreeReady)
+    def _tree_ready(self, message: TreeReady, call: object) -> None:
+        self.reporter.ready()
+        super()._tree_ready(message, call)
+
+    @handles(GroupLost)
+    def _group_lost(self, message: GroupLost, call: object) -> None:
+        self.reporter.log.add("lost", message.child, message.text)
+        super()._group_lost(message, call)
 
     # Requests.
 
@@ -72,9 +107,11 @@ class HostActor(TreeActor):
             state.failed(self._dead)
             return
         self.requests_total += 1
-        deadline_ns = self.ctx.clock.now_ns() + int(timeout_s * 1e9)
+        now_ns = self.ctx.clock.now_ns()
+        deadline_ns = now_ns + int(timeout_s * 1e9)
         attempts = Attempts(self._max_request_restarts)
-        request = _Request(message, index, state, deadline_ns, attempts, self.ctx.random.randbytes(16))
+        measured = self.reporter.begin(message.request_id, now_ns)
+        request = _Request(message, index, state, deadline_ns, attempts, self.ctx.random.randbytes(16), measured)
         self._requests[message.request_id] = request
         self._send(request)
 
@@ -101,6 +138,7 @@ class HostActor(TreeActor):
             if request.attempts.number == 1:
                 ids = item.prompt_token_ids  # a later life need not render and encode once more
                 request.message = attrs.evolve(request.message, prompt=None, turns=(), prompt_token_ids=ids)
+            self.reporter.meter.encoded(request.measured, count_tokens(item.prompt_token_ids), self.ctx.clock.now_ns())
             request.state.encoded(item)
         elif isinstance(item, TextDelta):
             try:
@@ -108,10 +146,13 @@ class HostActor(TreeActor):
             except BadFrame as error:
                 request.withdraw()
                 self._failed(request, error)
+            else:
+                self.reporter.delta(request.measured, count_tokens(item.token_ids), self.ctx.clock.now_ns())
 
     def _done(self, request: _Request, reply: object) -> None:
         assert isinstance(reply, TextDone)
         del self._requests[request.message.request_id]
+        self.reporter.finish(request.measured, reply)
         request.state.done(request.index, reply)
         self.refresh_statistics(None)
 
@@ -119,11 +160,12 @@ class HostActor(TreeActor):
         """The request failed further down, or the tokenizer died: its next life goes on where this one was."""
         if isinstance(error, PeerGone) and self._dead is None:
             if request.attempts.lost(len(request.state.token_ids(request.index))):
+                self.reporter.retry(request.measured, request.attempts.number, error)
                 self._send(request)
                 return
             error = WorkerDied(request.attempts.spent(error))
         del self._requests[request.message.request_id]
-        request.state.failed(self._dead or error)
+        self._end(request, self._dead or error)
         self.refresh_statistics(None)
 
     # Questions about text.
@@ -187,8 +229,12 @@ class HostActor(TreeActor):
         request = self._requests.pop(request_id, None)
         if request is not None:
             request.withdraw()
-            request.state.failed(Aborted(f"request {request_id} was aborted by its caller"))
+            self._end(request, Aborted(f"request {request_id} was aborted by its caller"))
             self.refresh_statistics(None)
+
+    def _end(self, request: _Request, error: ChipbusError) -> None:
+        self.reporter.fail(request.measured, error)
+        request.state.failed(error)
 
     def fail_all(self, error: ChipbusError) -> None:
         """End every request with ``error``; later ones get it at once."""
@@ -196,14 +242,24 @@ class HostActor(TreeActor):
         while self._requests:
             _, request = self._requests.popitem()
             request.withdraw()
-            request.state.failed(error)
+            self._end(request, error)
         for question in list(self._questions):
             self._answer(question, error)
+        self.reporter.end()
 
     def is_fatal(self, lost: GroupLost) -> bool:
         """Tokenizer and router have no substitute; a replica has, as long as another one is left."""
         is_replica = any(record.kind in ("replica", "chip") for record in self.tree if record.name == lost.child)
         return not is_replica or not any(r.state != "gone" for r in self.tree if r.kind == "replica")
+
+    def shut_down(self, budget_s: float, on_report: Callable[[CloseReport | ChipbusError], None]) -> None:
+        """As ``TreeActor.shut_down``; a recorded run gets its last report then."""
+
+        def close(outcome: CloseReport | ChipbusError) -> None:
+            self.reporter.close()
+            on_report(outcome)
+
+        super().shut_down(budget_s, close)
 
     def refresh_statistics(self, on_done: Callable[[ChipbusError | None], None] | None) -> None:
         """Ask the replicas for their statistics; without ``on_done`` at most one such question is under way."""
@@ -215,6 +271,7 @@ class HostActor(TreeActor):
         def on_reply(reply: object) -> None:
             assert isinstance(reply, AllReplicaStatistics)
             self.replicas = reply.replicas
+            self.reporter.saw_replicas(reply.replicas)
             finish(None)
 
         def finish(error: ChipbusError | None) -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from ..errors import ConfigError
 
-__all__ = ["RECORD_FORMAT", "RunManifest", "write_manifest"]
+__all__ = ["RECORD_FORMAT", "RunManifest", "plain_settings", "write_manifest"]
 
 RECORD_FORMAT = 1
 
@@ -47,10 +47,7 @@ def write_manifest(
         machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         model_dir=model_dir,
         fingerprint=fingerprint,
-        config={
-            name: value if isinstance(value, (str, int, float, type(None))) else str(value)
-            for name, value in config.items()
-        },
+        config=plain_settings(config),
     )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -60,3 +57,11 @@ def write_manifest(
         raise ConfigError(f"record directory {directory} already holds a run or is a file; name a new one") from error
     except OSError as error:
         raise ConfigError(f"record directory {directory} cannot be written: {error.strerror}") from error
+
+
+def plain_settings(config: Mapping[str, object]) -> dict[str, str | bool | int | float | None]:
+    """Settings as JSON has them."""
+    return {
+        name: value if isinstance(value, (str, int, float, type(None))) else str(value)
+        for name, value in config.items()
+    }

@@ -152,6 +152,11 @@ class ProcessTree:
         """A close has begun, or has ended."""
         return self._closing
 
+    @property
+    def is_over(self) -> bool:
+        """It serves nothing more: closed, being closed, or dead."""
+        return self._closing or self.death is not None
+
     def check_usable(self) -> None:
         """Raise ``EngineClosed`` or the error the tree died of."""
         what = self._settings.what

@@ -306,6 +306,7 @@ class ReplicaActor(Actor):
                 prefix_queries=self._scheduler.prefix_queries,
                 prefix_hits=self._scheduler.prefix_hits,
                 programs=tuple(ProgramStatistics(c.name, c.dispatches, c.tokens, c.device_ns) for c in counts),
+                incarnation=self.ctx.incarnation,
             )
         )
 

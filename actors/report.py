@@ -6,9 +6,16 @@ import attrs
 
 from .messages.tree import ProcessReport, ReplicaStatistics
 
-__all__ = ["EngineReport", "Event", "Histogram", "Latencies", "RequestRow"]
+__all__ = [
+    "MOST_EVENTS", "MOST_ROWS", "REPORT_SCHEMA", "EngineReport", "Event", "Histogram", "Latencies", "ProcessTotals",
+    "RequestRow", "Restarts",
+]  # fmt: skip
 
 REPORT_SCHEMA = 1
+MOST_EVENTS = 200
+"""Events that an engine keeps, and a report holds: the newest."""
+MOST_ROWS = 200
+"""Requests that a report holds: the oldest."""
 
 
 @attrs.frozen
@@ -18,6 +25,11 @@ class Histogram:
     bounds: tuple[float, ...]
     counts: tuple[int, ...]  # one more than bounds; not cumulative
     total: float  # sum of all observations
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """What was observed after ``earlier``, a former state of the same histogram."""
+        counts = tuple(now - then for now, then in zip(self.counts, earlier.counts, strict=True))
+        return Histogram(self.bounds, counts, max(0.0, self.total - earlier.total))
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +43,11 @@ class Latencies:
     queued: Histogram
     prefill: Histogram
     decode: Histogram
+
+    def since(self, earlier: Latencies) -> Latencies:
+        """``Histogram.since``, of each."""
+        names = [field.name for field in attrs.fields(Latencies)]
+        return Latencies(**{name: getattr(self, name).since(getattr(earlier, name)) for name in names})
 
 
 @attrs.frozen(kw_only=True)
@@ -54,8 +71,27 @@ class Event:
     number: int
     at_unix_s: float
     kind: str  # started | ready | exit | restart | lost | draining | retried | failed | refused
-    subject: str  # name of a process, or id of a request
-    text: str
+    subject: str  # name of a process, id of a request, or "12 requests" for those of one second after the first
+    text: str  # never of what a request says
+
+
+@attrs.frozen
+class Restarts:
+    """How often a process was started again after one kind of end."""
+
+    worker: str  # name of the process
+    reason: str  # "SIGKILL" | "exit code 1" | "replaced": the supervisor ended it, for silence or the like
+    count: int
+
+
+@attrs.frozen(kw_only=True)
+class ProcessTotals:
+    """What the node of one process has counted, in all its lives together, as far as it has been heard."""
+
+    name: str
+    counters: dict[str, int]  # events of the bus: late_frames, bad_frames, …
+    ledger_bytes: int  # written
+    ledger_failures: int  # writes the disk refused; nothing is recorded after one
 
 
 @attrs.frozen(kw_only=True)
@@ -67,13 +103,17 @@ class EngineReport:
     started_unix_s: float
     version: str
     model: str
-    chip: str
+    chip: str  # kind
     run_dir: str
     record: str  # "" if it does not record
     config: dict[str, str | bool | int | float | None]
     is_ready: bool  # at least one replica takes requests
-    processes: tuple[ProcessReport, ...]
-    replicas: tuple[ReplicaStatistics, ...]
+    is_closed: bool = False  # the last report of an engine that was closed in order
+    processes: tuple[ProcessReport, ...]  # the host application first; no node where none answered
+    replicas: tuple[ReplicaStatistics, ...]  # what counts up is over all lives; what is there now is 0 while it is down
+    totals: tuple[ProcessTotals, ...]
+    restarts: tuple[Restarts, ...]
+    exits: int  # lives of processes that have ended
     requests_total: int  # completions ever asked for
     retries_total: int  # lives of requests after the first
     finished: dict[str, int]  # completions that ended well, by finish reason
@@ -82,9 +122,9 @@ class EngineReport:
     output_tokens: int  # that reached the caller
     latencies: Latencies  # since the start
     recent: Latencies  # of the last ``recent_s``
-    recent_s: float
+    recent_s: float  # 60 to 65 s, less only while the engine is younger
     recent_prompt_tokens: int  # in the last ``recent_s``
     recent_output_tokens: int
-    open: tuple[RequestRow, ...]  # the oldest ones, at most 200
+    open: tuple[RequestRow, ...]  # the oldest ones, at most ``MOST_ROWS``
     open_total: int
-    events: tuple[Event, ...]  # the newest ones, at most 200, in order
+    events: tuple[Event, ...]  # the newest ones, at most ``MOST_EVENTS``, in order

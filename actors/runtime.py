@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import attrs
@@ -18,12 +19,14 @@ from ..bus import Progress, pack_tokens
 from ..errors import ChipbusError, RequestInvalid
 from .handling import Handling
 from .host import HostActor
-from .manifest import write_manifest
+from .manifest import plain_settings, write_manifest
 from .messages.serving import ChatTurn, Detokenize, Detokenized, Encoded, Generate, Tokenize
 from .messages.tree import ChildRecord, CloseReport, Drain, Drained
 from .outputs import Statistics
 from .plan import EnginePlan
 from .process_tree import ProcessTree, TreeSettings
+from .report import EngineReport, Event
+from .reporter import About
 from .request import RequestState
 from .sampling import SamplingParams
 
@@ -53,6 +56,14 @@ class Runtime:
             run_dir=config.run_dir,
         )
         self.processes = ProcessTree(self._host, settings, on_progress)
+        self._host.reporter.about = About(
+            version=version("chipbus"),
+            model=config.model,
+            chip=config.chip,
+            run_dir=str(self.processes.run_dir),
+            record=config.record,
+            config=plain_settings(attrs.asdict(config, recurse=False)),
+        )
 
     @classmethod
     def start(cls, plan: EnginePlan, on_progress: Callable[[Progress], None] | None = None) -> Runtime:
@@ -138,6 +149,29 @@ class Runtime:
             device_ns=sum(r.device_ns for r in rows),
             restarts=sum(r.restarts for r in self._host.tree),
         )
+
+    def report(self) -> EngineReport:
+        """Ask the processes now, or share an answer of the last second; those that do not answer are as last known."""
+        self.processes.check_usable()
+        answers: list[EngineReport] = []
+        answered = threading.Event()
+
+        def settle(report: EngineReport) -> None:
+            answers.append(report)
+            answered.set()
+
+        self.processes.post(lambda: self._host.reporter.ask(settle))
+        while not answered.wait(0.2):
+            self.processes.check_usable()
+        return answers[0]
+
+    def events(self, after: int) -> list[Event]:
+        """Events with a number above ``after``, as far as they are kept."""
+        return [event for event in self._host.reporter.log.events if event.number > after]
+
+    def listen(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have ``callback`` called on the bus thread after new events and at the end; returns what ends that."""
+        return self._host.reporter.log.listen(callback)
 
     def drain(self, replica: str, timeout_s: float, *, stays_down: bool) -> bool:
         """End a replica when its requests have ended; whether they had within ``timeout_s``."""

@@ -79,6 +79,8 @@ class LedgerWriter:
         self._chain = FIRST_CHAIN
         self._seq = 0
         self._is_open = True
+        self.written_bytes = 0
+        self.failures = 0
         self._append(BEGIN, {"name": name, "incarnation": incarnation, **meta})
         self.flush()
 
@@ -106,8 +108,11 @@ class LedgerWriter:
         pending = memoryview(self._buffer)
         try:
             while pending:
-                pending = pending[os.write(self._fd, pending) :]
+                num_bytes = os.write(self._fd, pending)
+                self.written_bytes += num_bytes
+                pending = pending[num_bytes:]
         except OSError as error:
+            self.failures += 1
             get_logger().error("ledger.failed", path=str(self.path), error=str(error))
             self._is_open = False
             os.close(self._fd)

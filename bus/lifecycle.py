@@ -131,6 +131,10 @@ class NodeReport:
     waits_s: float = 0.0  # since when
     progress: int = 0
     is_busy: bool = False
+    lanes: tuple[tuple[str, int], ...] = ()  # ``mailbox`` by lane: "kill", "stop", "child", "health", "work"
+    counters: tuple[tuple[str, int], ...] = ()  # as ``Context.counters``
+    ledger_bytes: int = 0  # written to its ledger
+    ledger_failures: int = 0  # writes that were refused; nothing is recorded after one
 
 
 @message(0x010A, lane=Lane.WORK)

@@ -60,6 +60,7 @@ class Lifespan:
     def report(self) -> NodeReport:
         """See ``Context.report``."""
         exchange = self._exchange
+        ledger = exchange.ledger
         now_ns = exchange.clock.now_ns()
         asks = [(peer, ask) for peer, ask in exchange.peers.open_asks() if ask.is_open]
         peer, oldest = min(asks, key=lambda entry: entry[1].began_ns, default=("", None))
@@ -72,6 +73,10 @@ class Lifespan:
             waits_s=0.0 if oldest is None else (now_ns - oldest.began_ns) / NS_PER_S,
             progress=exchange.actor.progress(),
             is_busy=exchange.actor.is_busy(),
+            lanes=tuple(exchange.mailbox.depths().items()),
+            counters=tuple(exchange.counters.items()),
+            ledger_bytes=0 if ledger is None else ledger.written_bytes,
+            ledger_failures=0 if ledger is None else ledger.failures,
         )
 
     def _answer_report(self, _: NodeReportRequest, call: Call | None) -> None:

@@ -20,7 +20,7 @@ from structlog.typing import EventDict, WrappedLogger
 
 from ..errors import ChipbusError, RequestError
 
-__all__ = ["get_logger", "tell_exception"]
+__all__ = ["get_logger", "safe_name", "tell_exception"]
 
 SAFE = (ChipbusError, OSError, ImportError, MemoryError, ZeroDivisionError)
 """Their texts are our own, or name files, modules and sizes. Not a ``RequestError``, which tells the caller of his own
@@ -56,7 +56,7 @@ def tell_exception(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         return event
     event["exception"] = "\n".join(_chain(error))
     if "error" in event:
-        event["error"] = _name(error)
+        event["error"] = safe_name(error)
     return event
 
 
@@ -76,10 +76,11 @@ def _chain(error: BaseException) -> Iterator[str]:
         yield "which led to:"
     yield "Traceback (most recent call last):"
     yield "".join(traceback.format_tb(error.__traceback__)).rstrip("\n")
-    yield _name(error)
+    yield safe_name(error)
 
 
-def _name(error: BaseException) -> str:
+def safe_name(error: BaseException) -> str:
+    """The class of an error, with its text only where that cannot be of a request."""
     kind = type(error).__name__
     is_safe = isinstance(error, SAFE) and not isinstance(error, RequestError) and type(error) is not ChipbusError
     return f"{kind}: {error}" if is_safe else f"{kind} (its text may be of a request and is not logged)"

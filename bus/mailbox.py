@@ -42,6 +42,10 @@ class Mailbox:
     def __len__(self) -> int:
         return len(self.work) + self._urgent
 
+    def depths(self) -> dict[str, int]:
+        """Letters that wait, by name of the lane."""
+        return {lane.name.lower(): len(self._lanes[lane]) for lane in Lane}
+
     def offer(self, letter: Letter) -> bool:
         """Queue an ask or a tell; False if its lane is full."""
         lane = letter[3]

@@ -151,6 +151,7 @@ class ReplicaStatistics:
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits: int = 0  # of these, found there
     programs: tuple[ProgramStatistics, ...] = ()  # dispatches by program
+    incarnation: int = 1  # life of the replica core; what counts up counts from its beginning
 
 
 @message(0x0409, lane=Lane.HEALTH)
