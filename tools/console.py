@@ -23,6 +23,7 @@ __all__ = [
     "EXIT_FINE",
     "EXIT_INTERRUPTED",
     "EXIT_USAGE",
+    "Terminated",
     "run",
     "run_process",
 ]
@@ -36,19 +37,27 @@ EXIT_INTERRUPTED = 130
 _MORE = "--traceback shows where it was raised"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: an interrupt for everybody who does not ask; a command that lives on after Ctrl-C can tell."""
+
+
 def run_process(program: str, load: Callable[[], click.Command]) -> int:
     """``run`` with the process's own arguments and signals: for a console script.
 
     SIGTERM is treated as Ctrl-C: what runs is closed in order, and the code is 130. A second one while closing kills.
     """
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminated)
         code = run(program, load, sys.argv[1:])
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is closed and said; an interrupt now could only garble it
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except KeyboardInterrupt:  # while an earlier ending was being told
         return EXIT_INTERRUPTED
     return code
+
+
+def _terminated(_: int, __: object) -> None:
+    raise Terminated
 
 
 def run(program: str, load: Callable[[], click.Command], arguments: Sequence[str]) -> int:

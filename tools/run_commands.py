@@ -53,6 +53,41 @@ def generate(prompts: tuple[str, ...], as_json: bool, print_config: bool, **opti
 
 
 @bus_run.command(context_settings=HELP)
+@click.option("--system", metavar="TEXT", default="", help="What the model is told before the conversation.")
+@sampling_options
+@engine_options
+@with_traceback
+def chat(system: str, print_config: bool, **options: Any) -> None:
+    """Talk with MODEL, a Hugging Face directory or 'demo'. Greedy unless --temperature is given.
+
+    At the prompt, /new begins a new conversation, and /exit, Ctrl-D or Ctrl-C leaves. During an answer Ctrl-C stops it.
+    If stdin or stdout is no terminal, each line of stdin is a message and each line of stdout an answer.
+    """
+    from .chat import chat as run
+
+    resolved = resolved_from(options)
+    params = sampling_from(options)
+    if print_config:
+        click.echo(resolved.as_toml())
+        return
+    run(resolved.config, params, system)
+
+
+@bus_run.command("page", context_settings=HELP)
+@click.argument("source", metavar="DIRECTORY", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=_FILE, help="where to write it  [default: the directory's name with .html, here]")
+@with_traceback
+def page_command(source: Path, out: Path | None) -> None:
+    """Write the status page of a record into one file that needs no server: how its run ended.
+
+    Of the run directory of a running engine it shows what a guest is told: its processes, at this moment.
+    """
+    from .serve.page import page as run
+
+    click.echo(run(source, out))
+
+
+@bus_run.command(context_settings=HELP)
 @click.option("--numerics", is_flag=True, help="also measure whether a token's bits depend on its batch; seconds")
 @engine_options
 @with_traceback
