@@ -153,7 +153,7 @@ class AsyncEngine:
     async def _about_text(self, message: Tokenize | Detokenize) -> Encoded | Detokenized:
         answers: list[TextAnswer] = []
         answered = asyncio.Event()
-        wake = _setter(answered)
+        wake = self._wakes().of(answered)
 
         def settle(answer: TextAnswer) -> None:
             answers.append(answer)

@@ -17,6 +17,7 @@ import msgspec
 
 from ...actors.guest import Guest
 from ...actors.report import EngineReport
+from ...actors.run_files import read_recorded
 from ...errors import ConfigError, EngineDead
 
 __all__ = ["embedded_page", "live_page", "page", "policy"]
