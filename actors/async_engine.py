@@ -179,7 +179,7 @@ class AsyncEngine:
         A reader who is more than 200 behind misses the oldest; the numbers say so.
         """
         changed = asyncio.Event()
-        forget = self._runtime.listen(_setter(changed))
+        forget = self._runtime.listen(self._wakes().of(changed))
         try:
             while True:
                 is_over = self._runtime.processes.is_over

@@ -261,3 +261,24 @@ def bench_bus(rounds: int, peers: str, lives: bool, json_file: Path | None) -> N
     from .bus_bench import bus
 
     bus(rounds, peers=peers, lives=lives, json_file=json_file)
+
+
+@bench.command("serve", context_settings=HELP)
+@click.argument("model", default="demo")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="measured; one more goes before")
+@click.option("--requests", type=click.IntRange(1), default=4000, show_default=True, help="per round, to a null chip")
+@click.option(
+    "--openvino", metavar="PYTHON", default="", help="interpreter with openvino-genai; reads MODEL-openvino-bf16"
+)
+@click.option("--llama", metavar="PROGRAM", default="", help="llama-server of llama.cpp; reads MODEL-bf16.gguf")
+@click.option("--soak", "soak_s", type=click.FloatRange(0), default=0, help="then load a server for so many seconds")
+@click.option("--json", "json_file", type=_FILE, help="write every value of every round")
+@with_traceback
+def bench_serve(
+    model: str, rounds: int, requests: int, openvino: str, llama: str, soak_s: float, json_file: Path | None
+) -> None:
+    """A whole server on null chips, in process and over HTTP; of a checkpoint MODEL its output beside other servers."""
+    from .serve.bench import Peers, serve
+
+    peers = Peers(openvino=openvino, llama=llama)
+    serve(model, rounds, peers=peers, requests=requests, soak_s=soak_s, json_file=json_file)
