@@ -8,6 +8,7 @@ ARGS    ?=
 SEED    ?= 0
 FAULTS  ?= 500
 CHIP    ?= null
+JOBS    ?= 2
 PIP     := $(PYTHON) -m pip --quiet --disable-pip-version-check
 INSTALL := install --no-build-isolation
 SITE    := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -29,7 +30,7 @@ run: $(STAMP)  ## generate text from the demo model through every actor: make ru
 	$(VENV)/bin/bus-run generate $(MODEL) -p "$(PROMPT)" $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the whole suite
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n $(JOBS) --dist worksteal
 
 test-fast: $(VENV)/.installed-dev  ## everything that takes less than a second each
 	$(VENV)/bin/pytest -m "not slow"

@@ -6,7 +6,10 @@ package of that name on PyPI.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,14 @@ import structlog
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of several test processes at once each has a place of its own for what the leak checks look after."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
+        os.environ.pop("XDG_RUNTIME_DIR", None)
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"]))
 
 
 @pytest.fixture(autouse=True)

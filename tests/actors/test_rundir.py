@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,13 @@ from chipbus.actors import rundir
 from chipbus.actors.rundir import RunDirectory, remove_when_free
 from chipbus.errors import ConfigError, RunDirectoryInUse, StartFailed
 from support import descriptors
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: paths of sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="r-") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(autouse=True)
