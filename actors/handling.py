@@ -8,7 +8,7 @@ import attrs
 
 from ..errors import BadTarget, RequestInvalid
 
-__all__ = ["ANYHOW", "Handling"]
+__all__ = ["ANYHOW", "Handling", "pinned_replica"]
 
 MAX_SESSION_CHARS = 256
 
@@ -46,3 +46,21 @@ class Handling:
 
 ANYHOW = Handling()
 """Nothing asked for."""
+
+
+def pinned_replica(handling: Handling, num_replicas: int) -> int | None:
+    """Number of the replica that must serve it; None: the router chooses.
+
+    Each replica holds one data-parallel rank: its own number. Raises ``BadTarget`` if there is no such replica or rank,
+    or if the two contradict each other.
+    """
+    for name in ("replica", "dp_rank"):
+        number = getattr(handling, name)
+        if number is not None and number >= num_replicas:
+            raise BadTarget(f"{name} {number} is outside [0, {num_replicas})", param=name)
+    replica, dp_rank = handling.replica, handling.dp_rank
+    if replica is not None and dp_rank is not None and replica != dp_rank:
+        raise BadTarget(
+            f"replica {replica} holds dp_rank {replica}, not {dp_rank}; give one of the two", param="dp_rank"
+        )
+    return dp_rank if replica is None else replica

@@ -57,6 +57,8 @@ class RequestOutput:
     replica: int | None = None
     """Which replica served it; None until it ends."""
     dp_rank: int | None = None
+    chosen_by: str | None = None
+    """Who chose that replica: "pin" (the request itself), "session" (where its session is) or "load"."""
     attempt: int = 1
     """1, or more if a worker died while it ran and its tokens so far were replayed."""
     timing: Timing = Timing()

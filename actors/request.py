@@ -142,6 +142,7 @@ class RequestState:
                 num_cached_tokens=last.tokens.num_cached_tokens if last else 0,
                 replica=last.tokens.replica if last else None,
                 dp_rank=last.tokens.dp_rank if last else None,
+                chosen_by=last.tokens.chosen_by if last else None,
                 attempt=max((c.done.tokens.attempt for c in self._completions if c.done), default=1),
                 timing=self._timing(last),
             )

@@ -1,10 +1,16 @@
 """Router: sends each request to one replica core, and its answers back. Present with one replica, too.
 
-Owns: which replicas serve, where each open request is, what of its answer has come, and the load of each target.
+Owns: which replicas serve, where each open request is, what of its answer has come, the load of each target, and where
+sessions are.
 Thread: the bus loop.
 
     tokenizer ──Submit──▶ router ──Submit──▶ replica core
               ◀─ Routed, TokenDelta…, TokensDone ─
+
+Who may serve a request: the replica it is pinned to, or any; of these those that are up, not lost for good, not being
+ended, and whose queue has not refused it. Only then is one chosen: where its session is, else the least loaded. A
+request nobody may serve now waits. Four refusals: ``BadTarget`` (no such replica), ``NotReady`` (lost for good),
+``Overloaded`` (every queue is full) and ``PinOverloaded`` (that of its replica is).
 
 When a replica core dies its requests go to another one, or to its next life, with the tokens that have come so far; the
 answer goes on behind them.
@@ -18,13 +24,25 @@ import attrs
 import msgspec
 
 from ..bus import Actor, Ask, Call, Ready, count_tokens, handles
-from ..errors import Aborted, BadFrame, ChipbusError, ConfigError, Overloaded, PeerGone, RestartLimit, WorkerDied
+from ..errors import (
+    Aborted,
+    BadFrame,
+    ChipbusError,
+    ConfigError,
+    NotReady,
+    Overloaded,
+    PeerGone,
+    PinOverloaded,
+    RestartLimit,
+    WorkerDied,
+)
 from .attempts import Attempts
 from .boot import SUPERVISOR
+from .handling import pinned_replica
 from .messages.routing import Routed, Withheld, Withhold
 from .messages.serving import Submit, TokenDelta, TokensDone
 from .messages.tree import GroupLost
-from .router_policy import LoadLedger, Target
+from .router_policy import LoadLedger, Sessions, Target
 
 __all__ = ["RouterActor", "RouterConfig"]
 
@@ -36,7 +54,7 @@ class RouterConfig:
     replicas: tuple[str, ...]
     """Node names of the replica cores: ``replica.0``, …"""
     max_waiting: int
-    """Requests held while no replica is up, before ``Overloaded``."""
+    """Requests held while no replica that may serve them is up, before ``Overloaded``."""
     max_request_restarts: int
     """Deaths of replica cores that a request survives without a token in between."""
 
@@ -49,6 +67,8 @@ class _Request:
     call: Call
     attempts: Attempts
     generated: bytearray  # packed ids of the answer so far
+    pin: Target | None  # the one replica that may serve it; None: any may
+    chosen_by: str = ""
     target: Target | None = None  # None: it waits for a replica
     ask: Ask | None = None
     full: set[Target] = attrs.field(factory=set)  # replicas whose queue would not take it
@@ -72,12 +92,13 @@ def _target(name: str) -> Target:
 
 
 class RouterActor(Actor):
-    """Serves ``Submit`` asks from tokenizers by asking the replica with the least pending tokens."""
+    """Serves ``Submit`` asks from tokenizers by asking replicas."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = msgspec.convert(config, RouterConfig)
         self._targets = {name: _target(name) for name in self._config.replicas}
         self._load = LoadLedger(tuple(self._targets.values()))
+        self._sessions = Sessions()
         self._up: set[Target] = set()
         self._lost: dict[Target, str] = {}  # replicas that stay down, and why
         self._withheld: dict[Target, Call] = {}  # replicas that get nothing new until their next life
@@ -97,6 +118,7 @@ class RouterActor(Actor):
         """A replica ended. The bus has failed its asks already, so its requests wait for another one."""
         if name in self._targets:
             self._up.discard(self._targets[name])
+            self._sessions.drop(self._targets[name])
 
     @handles(Submit)
     def _submit(self, submit: Submit, call: Call) -> None:
@@ -104,12 +126,14 @@ class RouterActor(Actor):
         if earlier is not None:  # its asker has lost it, and the word of that is still on its way
             self._withdraw(earlier)
             self._fail(earlier, Aborted(f"a later attempt has taken the place of request {submit.request_id}"))
-        refusal = self._refusal(submit)
+        number = pinned_replica(submit.handling, len(self._targets))
+        attempts = Attempts(self._config.max_request_restarts, submit.attempt)
+        pin = None if number is None else self._targets[f"replica.{number}"]
+        request = _Request(submit, call, attempts, bytearray(submit.generated), pin)
+        refusal = self._refusal(request)
         if refusal is not None:
             call.fail(refusal)
             return
-        attempts = Attempts(self._config.max_request_restarts, submit.attempt)
-        request = _Request(submit, call, attempts, bytearray(submit.generated))
         self._requests[request.key] = request
         call.on_cancel(lambda _reason: self._cancelled(request))
         self._send(request)
@@ -122,12 +146,12 @@ class RouterActor(Actor):
         if target is None:
             return
         self._lost[target] = lost.text
+        self._sessions.drop(target)
         for request in [r for r in self._requests.values() if r.target == target]:
             self._withdraw(request)
             self._lose(request, WorkerDied(f"replica {target.replica} is lost: {lost.text}"))
-        if not self._serving():
-            for request in list(self._requests.values()):
-                self._fail(request, self._nobody())
+        for request in [r for r in self._requests.values() if not self._serving(r)]:
+            self._fail(request, RestartLimit(self._nobody(request)))
 
     @handles(Withhold)
     def _withhold(self, message: Withhold, call: Call | None) -> None:
@@ -161,38 +185,59 @@ class RouterActor(Actor):
         assert set(self._load.keys()) == {r.key for r in self._requests.values() if r.target is not None}
         assert all(request.call.is_open for request in self._requests.values())
 
-    def _serving(self) -> list[Target]:
-        """Replicas that are up or will be again."""
-        return [target for target in self._targets.values() if target not in self._lost]
+    def _serving(self, request: _Request) -> set[Target]:
+        """Replicas that may serve a request, now or later."""
+        allowed = set(self._targets.values()) if request.pin is None else {request.pin}
+        return allowed.difference(self._lost)
 
-    def _eligible(self) -> set[Target]:
+    def _eligible(self, request: _Request) -> set[Target]:
+        """Replicas that may serve it now."""
         linked = self.ctx.peers()  # without one that is just going, whose asks fail before ``on_peer_down``
-        serving = self._up.intersection(self._serving()).difference(self._withheld)
+        serving = self._serving(request).intersection(self._up).difference(self._withheld, request.full)
         return {target for target in serving if target.name in linked}
 
-    def _refusal(self, submit: Submit) -> ChipbusError | None:
+    def _refusal(self, request: _Request) -> ChipbusError | None:
         """Why a request cannot even wait; None if it can be taken. One that was admitted before always may wait."""
-        if not self._serving():
-            return self._nobody()
-        if submit.attempt > 1:
+        if not self._serving(request):
+            return NotReady(self._nobody(request))
+        if request.submit.attempt > 1 or self._eligible(request):
             return None
-        waiting = 0 if self._eligible() else len(self._requests)
-        if waiting >= self._config.max_waiting:
-            return Overloaded(
-                f"no replica is up and {waiting} requests wait for one; at most {self._config.max_waiting} may"
-                " (max_waiting)"
-            )
-        return None
+        waiting = sum(other.target is None for other in self._requests.values())
+        if waiting < self._config.max_waiting:
+            return None
+        rule = f"{waiting} requests wait for one; at most {self._config.max_waiting} may (max_waiting)"
+        if request.pin is None:
+            return Overloaded(f"no replica is up and {rule}")
+        return PinOverloaded(f"replica {request.pin.replica}, which the request is pinned to, is not up and {rule}")
 
-    def _nobody(self) -> ChipbusError:
-        reasons = "; ".join(f"replica {target.replica}: {text}" for target, text in self._lost.items())
-        return RestartLimit(f"no replica is left to serve the request ({reasons})")
+    def _nobody(self, request: _Request) -> str:
+        """Why no replica will ever serve it."""
+        lost = [target for target in self._lost if request.pin in (None, target)]
+        reasons = "; ".join(f"replica {target.replica}: {self._lost[target]}" for target in lost)
+        if request.pin is not None:
+            return f"the replica that the request is pinned to stays down ({reasons})"
+        return f"no replica is left to serve the request ({reasons})"
+
+    def _choose(self, request: _Request) -> tuple[Target, str] | None:
+        """The replica to send it to and who chose that; None if it has to wait."""
+        eligible, session, now_ns = self._eligible(request), request.submit.handling.session, self.ctx.clock.now_ns()
+        if not eligible:
+            return None
+        target, chosen_by = request.pin, "pin"
+        if target is None and session:
+            target, chosen_by = self._sessions.target(session, eligible, self._load, now_ns), "session"
+        if target is None:
+            target, chosen_by = self._load.choose(eligible), "load"
+        if session:
+            self._sessions.bind(session, target, now_ns)
+        return target, chosen_by
 
     def _send(self, request: _Request) -> None:
-        """Send a request to the least loaded replica that may take it; it keeps waiting if none is up."""
-        target = self._load.choose(self._eligible() - request.full)
-        if target is None:
+        """Send a request to a replica that may serve it; it keeps waiting if none is up."""
+        choice = self._choose(request)
+        if choice is None:
             return
+        target, request.chosen_by = choice
         call, had = request.call, request.num_tokens
         submit = attrs.evolve(request.submit, generated=bytes(request.generated), attempt=request.attempts.number)
         request.target = target
@@ -206,6 +251,7 @@ class RouterActor(Actor):
                     "trace_id": call.trace_id.hex(),
                     "replica": target.replica,
                     "dp_rank": target.dp_rank,
+                    "chosen_by": request.chosen_by,
                     "load_tokens": [self._load.load(other) for other in self._targets.values()],
                 },
             )
@@ -218,7 +264,7 @@ class RouterActor(Actor):
             on_error=lambda error: self._failed(request, target, error),
             trace_id=call.trace_id,
         )
-        call.item(Routed(replica=target.replica, dp_rank=target.dp_rank))
+        call.item(Routed(replica=target.replica, dp_rank=target.dp_rank, chosen_by=request.chosen_by))
 
     def _is_open(self, request: _Request) -> bool:
         return self._requests.get(request.key) is request
@@ -248,7 +294,9 @@ class RouterActor(Actor):
         if not self._end(request):
             return
         if isinstance(reply, TokensDone):
-            request.call.reply(attrs.evolve(reply, replica=target.replica, dp_rank=target.dp_rank))
+            by = request.chosen_by
+            done = attrs.evolve(reply, replica=target.replica, dp_rank=target.dp_rank, chosen_by=by)
+            request.call.reply(done)
         else:
             request.call.fail(BadFrame(f"{target.name} ended a request with {type(reply).__name__}, not TokensDone"))
 
@@ -256,12 +304,24 @@ class RouterActor(Actor):
         """Its replica died, or will not have it: another one may."""
         if isinstance(error, PeerGone):
             self._lose(request, error)
-        elif isinstance(error, Overloaded) and self._eligible() - request.full - {target}:
-            self._release(request)
-            request.full.add(target)
-            self._send(request)
+        elif isinstance(error, Overloaded):
+            self._refused(request, target, error)
         else:
             self._fail(request, error)
+
+    def _refused(self, request: _Request, target: Target, error: Overloaded) -> None:
+        """Its queue is full: another one's may not be."""
+        if not self._is_open(request):
+            return
+        self._release(request)
+        request.full.add(target)
+        if self._eligible(request):
+            self._send(request)
+        elif request.pin is None:
+            self._fail(request, error)
+        else:
+            pinned = f"replica {target.replica}, which the request is pinned to, takes no more"
+            self._fail(request, PinOverloaded(f"{pinned}: {error}"))
 
     def _lose(self, request: _Request, error: ChipbusError) -> None:
         """Nobody works on the request any more: another replica does, unless that has happened too often."""

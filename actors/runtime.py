@@ -17,7 +17,7 @@ import attrs
 
 from ..bus import Progress, pack_tokens
 from ..errors import ChipbusError, RequestInvalid
-from .handling import Handling
+from .handling import Handling, pinned_replica
 from .host import HostActor
 from .manifest import plain_settings, write_manifest
 from .messages.serving import ChatTurn, Detokenize, Detokenized, Encoded, Generate, Tokenize
@@ -85,6 +85,7 @@ class Runtime:
     ) -> tuple[RequestState, tuple[str, ...]]:
         """Send one prompt; returns its state and the ids under which its completions can be aborted."""
         self.processes.check_usable()
+        pinned_replica(handling, len(self.plan.topology.replicas))
         fields = _prompt_fields(prompt)
         with self._lock:
             number = next(self._numbers)

@@ -266,6 +266,7 @@ class _Stream:
             finish_reason="stop",
             replica=self._routed.replica,
             dp_rank=self._routed.dp_rank,
+            chosen_by=self._routed.chosen_by,
             attempt=self._attempts.number,
             prefill_s=(self._first_ns - self._began_ns) / 1e9,
             decode_s=(self._last_ns - self._first_ns) / 1e9,

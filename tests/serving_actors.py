@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from chipbus.actors.handling import ANYHOW, Handling
 from chipbus.actors.messages.serving import Generate, Submit, TextDelta, TextDone, TokenDelta, TokensDone
 from chipbus.actors.sampling import SamplingParams
 from chipbus.bus import Actor, Ask, Call, LocalSystem, Ready, handles, pack_tokens, unpack_tokens
@@ -114,12 +115,15 @@ class Asker(Actor):
         self.to = to
         self.answers: list[Answer] = []
 
-    def submit(self, prompt: list[int], *, timeout_s: float = 1e5, **params: Any) -> Answer:
+    def submit(
+        self, prompt: list[int], *, timeout_s: float = 1e5, handling: Handling = ANYHOW, **params: Any
+    ) -> Answer:
         """Ask the router."""
         message = Submit(
             request_id=f"r{len(self.answers)}",
             prompt_token_ids=pack_tokens(prompt),
             params=SamplingParams(**{"seed": 0, "max_tokens": 5, **params}),
+            handling=handling,
         )
         return self.send(message, timeout_s)
 

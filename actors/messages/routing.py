@@ -16,6 +16,7 @@ class Routed:
 
     replica: int
     dp_rank: int
+    chosen_by: str = ""  # "pin": the request itself; "session": where its session is; "load": the fewest pending tokens
 
 
 @message(0x0209, lane=Lane.CHILD)

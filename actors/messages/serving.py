@@ -42,7 +42,7 @@ class Generate:
     """Engine asks tokenizer: serve this prompt. Exactly one of ``prompt``, ``prompt_token_ids``, ``turns`` is given.
 
     Items: first ``Encoded``, then ``TextDelta``. Reply: ``TextDone``. Errors: ``RequestInvalid``, ``ContextTooLong``,
-    ``Overloaded``, ``WorkerDied``, ``RestartLimit``.
+    ``BadTarget``, ``NotReady``, ``Overloaded``, ``PinOverloaded``, ``WorkerDied``, ``RestartLimit``.
     """
 
     request_id: str
@@ -162,6 +162,7 @@ class TokensDone:
     stop_token_id: int | None = None
     replica: int = 0
     dp_rank: int = 0
+    chosen_by: str = ""  # who chose the replica: "pin", "session" or "load"; filled in by the router
     attempt: int = 1
     num_cached_tokens: int = 0
     queued_s: float = 0.0  # from arrival at the replica core to the first step that computed any of it

@@ -8,13 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_actors import Answer, Asker, ScriptedReplica, Supervisor, counting, pass_time
 
+from chipbus.actors.handling import ANYHOW, Handling, pinned_replica
 from chipbus.actors.messages.routing import Routed, Withheld, Withhold
 from chipbus.actors.messages.serving import Submit
 from chipbus.actors.messages.tree import GroupLost
 from chipbus.actors.router import RouterActor
-from chipbus.actors.router_policy import LoadLedger, Target
+from chipbus.actors.router_policy import LoadLedger, Sessions, Target
 from chipbus.bus import Actor, Call, LocalSystem, handles, pack_tokens
-from chipbus.errors import Aborted, ChipbusError, ConfigError, DeadlineExceeded, Overloaded, RestartLimit, WorkerDied
+from chipbus.errors import (
+    Aborted,
+    BadTarget,
+    ChipbusError,
+    ConfigError,
+    DeadlineExceeded,
+    NotReady,
+    Overloaded,
+    PinOverloaded,
+    RestartLimit,
+    WorkerDied,
+)
 
 TARGETS = [Target(n, n) for n in range(3)]
 
@@ -30,7 +42,6 @@ def test_the_least_loaded_target_is_chosen_and_ties_rotate():
     ledger.release(1)
     assert ledger.choose(TARGETS) == TARGETS[1]
     assert ledger.choose([TARGETS[0], TARGETS[2]]) in (TARGETS[0], TARGETS[2])
-    assert ledger.choose([]) is None
 
 
 def test_ties_rotate_also_when_nothing_is_under_way():
@@ -58,6 +69,7 @@ def test_load_falls_by_the_prompt_at_the_first_token_and_by_one_for_each_token()
     assert ledger.load(TARGETS[0]) == 0
 
 
+@pytest.mark.guarantee("R87")
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 50), st.integers(0, 20))))
 @settings(max_examples=150, deadline=None, print_blob=True)
 def test_every_load_is_the_sum_of_its_requests_whatever_happens(moves):
@@ -70,6 +82,8 @@ def test_every_load_is_the_sum_of_its_requests_whatever_happens(moves):
             assert loads[target] == min(loads.values())
             ledger.reserve(key, target, a, b)
             open_requests[key] = (target, a, b)
+            with pytest.raises(AssertionError, match="reserved already"):
+                ledger.reserve(key, target, a, b)
         elif kind == 1 and key in open_requests:
             target, prompt, output = open_requests[key]
             ledger.generated(key, b)
@@ -79,7 +93,81 @@ def test_every_load_is_the_sum_of_its_requests_whatever_happens(moves):
             del open_requests[key]
         ledger.check_integrity()
         for target in TARGETS:
-            assert ledger.load(target) == sum(p + o for t, p, o in open_requests.values() if t == target)
+            mine = [prompt + output for at, prompt, output in open_requests.values() if at == target]
+            assert ledger.load(target) == sum(mine) >= 0
+            assert ledger.num_requests(target) == len(mine)
+    for key in list(open_requests):
+        ledger.release(key)
+        with pytest.raises(KeyError):
+            ledger.release(key)
+    assert [ledger.load(target) for target in TARGETS] == [0, 0, 0]
+    assert not ledger.keys()
+
+
+SECOND = 1_000_000_000
+
+
+class NaiveSessions:
+    """Every session's last target and time, never forgotten; which of them count is worked out anew each time."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.used: list[tuple[str, Target, int]] = []  # in order of use
+
+    def at(self, session: str, now_ns: int) -> Target | None:
+        latest = {name: (target, when) for name, target, when in self.used}
+        order = list(dict.fromkeys(name for name, _, _ in reversed(self.used)))
+        kept = [name for name in order if now_ns < latest[name][1] + 600 * SECOND][: self.most]
+        return latest[session][0] if session in kept else None
+
+    def drop(self, target: Target) -> None:
+        latest = {name: at for name, at, _ in self.used}
+        self.used = [entry for entry in self.used if latest[entry[0]] != target]
+
+
+@pytest.mark.guarantee("R85")
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("request"), st.sampled_from("abcde"), st.sets(st.sampled_from(TARGETS), min_size=1)),
+            st.tuples(st.just("wait"), st.sampled_from([1, 300, 599, 600])),
+            st.tuples(st.just("drop"), st.sampled_from(TARGETS)),
+            st.tuples(st.just("busy"), st.sampled_from(TARGETS), st.integers(1, 9)),
+        ),
+        max_size=40,
+    )
+)
+@settings(max_examples=200, deadline=None, print_blob=True)
+def test_a_session_is_where_it_was_unless_forgotten_dropped_not_eligible_or_too_busy(moves):
+    class Few(Sessions):
+        MAX_SESSIONS = 3
+
+    sessions, naive, ledger, now_ns, number = Few(), NaiveSessions(3), LoadLedger(TARGETS), 0, 0
+    for move in moves:
+        if move[0] == "request":
+            _, session, eligible = move
+            found = sessions.target(session, eligible, ledger, now_ns)
+            at = naive.at(session, now_ns)
+            open_requests = {target: ledger.num_requests(target) for target in eligible}
+            stays = at in eligible and open_requests[at] - min(open_requests.values()) <= 8
+            assert found == (at if stays else None)
+            target = found or ledger.choose(eligible)
+            sessions.bind(session, target, now_ns)
+            naive.used.append((session, target, now_ns))
+            assert len(sessions) <= 3
+        elif move[0] == "wait":
+            now_ns += move[1] * SECOND
+        elif move[0] == "drop":
+            sessions.drop(move[1])
+            naive.drop(move[1])
+        else:
+            for number in range(number, number + move[2]):  # noqa: B020
+                ledger.reserve(str(number), move[1], 0, 0)
+            number += 1
+
+
+def test_a_hundred_thousand_sessions_are_kept_for_ten_minutes():
+    assert (Sessions.MAX_SESSIONS, Sessions.TTL_S, Sessions.SLACK) == (100_000, 600, 8)
 
 
 class House:
@@ -158,7 +246,7 @@ def test_a_request_passes_through_with_one_replica_and_its_end_names_the_replica
     house.start_replicas()
     answer = submit(house, max_tokens=7)
     house.finish()
-    assert answer.items[0] == Routed(replica=0, dp_rank=0)
+    assert answer.items[0] == Routed(replica=0, dp_rank=0, chosen_by="load")
     assert answer.tokens == counting(answer.message)
     assert (answer.reply.replica, answer.reply.dp_rank, answer.reply.queued_s) == (0, 0, 0.25)
     house.settle()
@@ -231,7 +319,7 @@ def test_the_requests_of_a_dead_replica_go_on_at_another_one_at_once():
     house.kill("replica.0")
     lost = [answer for answer in answers if answer.items[0].replica == 0]
     assert len(lost) == 2
-    moved = Routed(replica=1, dp_rank=1)
+    moved = Routed(replica=1, dp_rank=1, chosen_by="load")
     house.run(lambda: all(moved in answer.items for answer in lost))
     assert house.system.clock.now_ns() == began_ns
     house.finish()
@@ -275,11 +363,6 @@ def test_a_later_attempt_takes_the_place_of_the_one_under_way():
 
 
 def test_a_full_replica_is_passed_over():
-    class Full(Actor):
-        @handles(Submit)
-        def _submit(self, _message: Submit, call: Call) -> None:
-            call.fail(Overloaded("8 requests are waiting"))
-
     house = House(replicas=2)
     house.system.spawn("replica.0", Full(), connect=("router",))
     house.start_replica("replica.1")
@@ -326,7 +409,7 @@ def test_a_lost_group_is_left_out_and_the_last_one_ends_service():
     house.run(lambda: all(len(answer.items) > 1 for answer in answers))
     house.supervisor.ctx.tell("router", GroupLost("chip.0.0", "chip.0.0 died 6 times in 30 s"))
     first = next(answer for answer in answers if answer.items[0].replica == 0)
-    house.run(lambda: Routed(replica=1, dp_rank=1) in first.items)
+    house.run(lambda: Routed(replica=1, dp_rank=1, chosen_by="load") in first.items)
     after = [submit(house, max_tokens=2) for _ in range(3)]
     house.run(lambda: all(answer.is_over for answer in after))
     assert {answer.reply.replica for answer in after} == {1}
@@ -335,8 +418,9 @@ def test_a_lost_group_is_left_out_and_the_last_one_ends_service():
     house.finish()
     late = submit(house)
     house.finish()
+    assert type(late.error) is NotReady
+    assert {type(answer.error) for answer in answers} == {RestartLimit}
     for answer in (*answers, late):
-        assert type(answer.error) is RestartLimit
         assert "replica 0: chip.0.0 died 6 times in 30 s; replica 1: replica.1 died" in str(answer.error)
     house.settle()
 
@@ -352,11 +436,6 @@ def test_waiting_requests_fail_when_the_last_replica_is_lost():
 
 
 def test_an_error_of_the_replica_reaches_the_caller_as_it_is():
-    class Full(Actor):
-        @handles(Submit)
-        def _submit(self, _message: Submit, call: Call) -> None:
-            call.fail(Overloaded("8 requests are waiting"))
-
     house = House()
     house.system.spawn("replica.0", Full(), connect=("router",))
     answer = submit(house)
@@ -386,9 +465,172 @@ def test_a_replica_must_have_a_number(name):
         RouterActor({"replicas": [name], "max_waiting": 1, "max_request_restarts": 3})
 
 
+class Full(Actor):
+    """A replica whose queue is full."""
+
+    @handles(Submit)
+    def _submit(self, _message: Submit, call: Call) -> None:
+        call.fail(Overloaded("8 requests are waiting"))
+
+
+@pytest.mark.guarantee("R80")
+@pytest.mark.parametrize("pin", [{"replica": 0}, {"dp_rank": 0}, {"replica": 0, "dp_rank": 0}])
+def test_a_pinned_request_goes_where_it_is_pinned_to_and_waits_for_its_next_life(pin):
+    house = House(replicas=2, pause_s=10.0)
+    house.start_replicas()
+    busy = submit(house, [1] * 50, max_tokens=100, handling=Handling(replica=0))
+    pinned = [submit(house, max_tokens=20, handling=Handling(**pin)) for _ in range(3)]
+    house.run(lambda: all(len(answer.items) > 1 for answer in pinned))
+    house.kill("replica.0")
+    late = submit(house, handling=Handling(**pin, session="a"))
+    free = submit(house, handling=Handling(session="a"))
+    house.run(lambda: free.is_over)
+    assert free.reply.replica == 1
+    assert not any(answer.is_over for answer in (*pinned, late)), "they wait, though another one is up"
+    house.start_replica("replica.0")
+    house.finish()
+    for answer in (busy, *pinned, late):
+        assert (answer.reply.replica, answer.reply.chosen_by) == (0, "pin")
+        assert answer.tokens == counting(answer.message)
+    house.settle()
+
+
+@pytest.mark.guarantee("R81")
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"replica": 2}, "replica 2 is outside [0, 2)"),
+        ({"dp_rank": 2}, "dp_rank 2 is outside [0, 2)"),
+        ({"replica": 0, "dp_rank": 7}, "dp_rank 7 is outside [0, 2)"),
+        ({"replica": 0, "dp_rank": 1}, "replica 0 holds dp_rank 0, not 1; give one of the two"),
+        ({"replica": 1, "dp_rank": 0}, "replica 1 holds dp_rank 1, not 0; give one of the two"),
+    ],
+)
+def test_a_target_that_is_none_is_refused_with_the_rule(fields, says):
+    house = House(replicas=2)
+    house.start_replicas()
+    answer = submit(house, handling=Handling(**fields))
+    house.finish()
+    assert (type(answer.error), str(answer.error)) == (BadTarget, says)
+    assert not any(replica.seen for replica in house.replicas.values())
+
+
+def test_none_is_no_rank_and_zero_is_one():
+    assert pinned_replica(Handling(), 2) is None
+    assert pinned_replica(Handling(dp_rank=0), 2) == pinned_replica(Handling(replica=0), 1) == 0
+    for wrong in (True, -1, "0", 1.0, 2**31):
+        for name in ("replica", "dp_rank"):
+            with pytest.raises(BadTarget, match=name):
+                Handling(**{name: wrong})
+
+
+@pytest.mark.guarantee("R82")
+def test_a_request_pinned_to_a_full_replica_is_refused_though_another_has_room():
+    house = House(replicas=2, max_waiting=1)
+    house.system.spawn("replica.0", Full(), connect=("router",))
+    house.start_replica("replica.1")
+    refused, served = submit(house, handling=Handling(replica=0)), submit(house)
+    house.finish()
+    assert type(refused.error) is PinOverloaded
+    assert str(refused.error) == "replica 0, which the request is pinned to, takes no more: 8 requests are waiting"
+    assert served.reply.replica == 1
+    house.kill("replica.0")
+    house.run(lambda: "replica.0" not in house.router.ctx.peers())
+    waiting = submit(house, handling=Handling(replica=0))
+    pass_time(house.system, 1)
+    refused, served = submit(house, handling=Handling(replica=0)), submit(house)
+    house.run(lambda: refused.is_over and served.is_over)
+    assert type(refused.error) is PinOverloaded
+    assert "is not up and 1 requests wait for one; at most 1 may" in str(refused.error)
+    assert served.reply.replica == 1
+    assert not waiting.is_over
+
+
+def test_when_every_queue_is_full_the_request_is_refused():
+    house = House(replicas=2)
+    for name in house.names:
+        house.system.spawn(name, Full(), connect=("router",))
+    house.run(lambda: len(house.router.ctx.peers()) == 4)
+    answer = submit(house)
+    house.finish()
+    assert type(answer.error) is Overloaded
+    assert len([item for item in answer.items if isinstance(item, Routed)]) == 2
+
+
+@pytest.mark.guarantee("R83")
+def test_a_replica_lost_for_good_ends_what_is_pinned_to_it_and_refuses_more():
+    house = House(replicas=2, pause_s=10.0)
+    house.start_replicas()
+    pinned, free = submit(house, max_tokens=50, handling=Handling(replica=0)), submit(house, max_tokens=50)
+    house.run(lambda: len(pinned.items) > 1)
+    house.supervisor.ctx.tell("router", GroupLost("replica.0", "replica.0 died 6 times in 30 s"))
+    house.run(lambda: pinned.is_over)
+    late, other = submit(house, handling=Handling(dp_rank=0)), submit(house, handling=Handling(replica=1))
+    house.finish()
+    assert [type(answer.error) for answer in (pinned, late)] == [RestartLimit, NotReady]
+    for answer in (pinned, late):
+        assert "pinned to stays down (replica 0: replica.0 died 6 times in 30 s)" in str(answer.error)
+    assert [answer.reply.replica for answer in (free, other)] == [1, 1]
+    house.settle()
+
+
+@pytest.mark.guarantee("R84")
+def test_a_session_stays_where_it_is_until_that_is_too_busy_or_dies():
+    house = House(replicas=3, pause_s=100.0)
+    house.start_replicas()
+    in_session = Handling(session="s")
+    [first, *others] = [submit(house, handling=in_session) for _ in range(9)]
+    house.run(lambda: all(answer.items for answer in (first, *others)))
+    home = first.items[0].replica
+    assert first.items[0].chosen_by == "load"
+    assert {(answer.items[0].replica, answer.items[0].chosen_by) for answer in others} == {(home, "session")}
+    moved = submit(house, handling=in_session)
+    house.run(lambda: moved.items)
+    assert (moved.items[0].replica != home, moved.items[0].chosen_by) == (True, "load")
+    after = submit(house, handling=in_session)
+    house.run(lambda: after.items)
+    assert after.items[0] == attrs.evolve(moved.items[0], chosen_by="session")
+    house.kill(f"replica.{after.items[0].replica}")
+    del house.replicas[f"replica.{after.items[0].replica}"]
+    house.run(lambda: "Routed" in [type(item).__name__ for item in after.items[1:]])
+    later = submit(house, handling=in_session)
+    house.run(lambda: later.items)
+    [gone, there] = [item.replica for item in after.items if isinstance(item, Routed)]
+    assert there != gone
+    assert (later.items[0].replica, later.items[0].chosen_by) == (there, "session"), "it went on with its requests"
+    house.finish()
+    house.settle()
+
+
+def test_the_record_says_who_chose_the_replica():
+    class Ledger:
+        def __init__(self):
+            self.entries = []
+
+        def append(self, kind, content):
+            self.entries.append((kind, content))
+
+    house = House(replicas=2)
+    house.start_replicas()
+    house.router.ctx.ledger = ledger = Ledger()
+    answers = [submit(house, handling=handling) for handling in (ANYHOW, Handling(replica=1), Handling(session="x"))]
+    answers.append(submit(house, handling=Handling(session="x")))
+    house.finish()
+    assert [(kind, content["chosen_by"]) for kind, content in ledger.entries] == [
+        ("route", answer.reply.chosen_by) for answer in answers
+    ]
+    assert [answer.reply.chosen_by for answer in answers] == ["load", "pin", "load", "session"]
+
+
 moves = st.lists(
     st.one_of(
-        st.tuples(st.just("submit"), st.integers(1, 9), st.integers(1, 12), st.sampled_from([2.0, 10.0, 300.0])),
+        st.tuples(
+            st.just("submit"),
+            st.integers(1, 9),
+            st.integers(1, 12),
+            st.sampled_from([2.0, 10.0, 300.0]),
+            st.sampled_from([ANYHOW, ANYHOW, Handling(replica=0), Handling(session="a"), Handling(session="b")]),
+        ),
         st.tuples(st.just("cancel"), st.integers(0, 20)),
         st.tuples(st.just("pass"), st.floats(0.0, 3.0)),
         st.tuples(st.just("replica"), st.integers(0, 2)),
@@ -407,7 +649,8 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens_and_the_lo
     house.start_replicas()
     for move in moves:
         if move[0] == "submit":
-            house.client.submit([len(house.client.answers) + 1] * move[1], max_tokens=move[2], timeout_s=move[3])
+            prompt = [len(house.client.answers) + 1] * move[1]
+            house.client.submit(prompt, max_tokens=move[2], timeout_s=move[3], handling=move[4])
         elif move[0] == "cancel" and house.client.answers:
             house.client.cancel(house.client.answers[move[1] % len(house.client.answers)])
         elif move[0] == "pass":
@@ -437,11 +680,21 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens_and_the_lo
         if answer.reply is not None:
             assert answer.tokens == expected
             routed = [item for item in answer.items if isinstance(item, Routed)]
-            assert routed[-1] == Routed(replica=answer.reply.replica, dp_rank=answer.reply.dp_rank)
+            last = answer.reply
+            assert routed[-1] == Routed(replica=last.replica, dp_rank=last.dp_rank, chosen_by=last.chosen_by)
+            pin, session = answer.message.handling.replica, answer.message.handling.session
+            if pin is not None:
+                assert {(item.replica, item.chosen_by) for item in routed} == {(pin, "pin")}
+            else:
+                assert {item.chosen_by for item in routed} <= ({"load", "session"} if session else {"load"})
         elif answer.error is not None:
-            assert type(answer.error) in (WorkerDied, DeadlineExceeded, Overloaded, ChipbusError) or "router" in str(
-                answer.error
-            )
+            assert type(answer.error) in (
+                WorkerDied,
+                DeadlineExceeded,
+                Overloaded,
+                PinOverloaded,
+                ChipbusError,
+            ) or "router" in str(answer.error)
     assert not house.router.ctx.counters().get("handler_failures")
 
 
