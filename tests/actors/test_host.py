@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +11,10 @@ from local_engine import LocalEngine
 from serving_actors import pass_time
 
 from chipbus.actors.boot import TOKENIZER
+from chipbus.actors.host import HostActor
 from chipbus.actors.messages.serving import Detokenize, Detokenized, Encoded, Tokenize
-from chipbus.bus import pack_tokens
+from chipbus.actors.messages.tree import TreeChanged
+from chipbus.bus import handles, pack_tokens
 from chipbus.errors import DeadlineExceeded, EngineClosed, WorkerDied
 
 KILLED = "signal 9 (SIGKILL)"
@@ -65,3 +67,24 @@ def test_a_question_that_only_costs_tokenizers_is_refused() -> None:
     assert type(refusal) is WorkerDied
     assert "max_request_restarts" in str(refusal)
     engine.close()
+
+
+class Watching(HostActor):
+    """Keeps every picture of the tree."""
+
+    pictures: ClassVar[list[dict[str, str]]] = []
+
+    @handles(TreeChanged)
+    def _tree_changed(self, message: TreeChanged, _: object) -> None:
+        self.pictures.append({record.name: record.state for record in message.children})
+        super()._tree_changed(message, _)
+
+
+@pytest.mark.guarantee("E51")
+def test_replicas_and_their_chips_start_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("local_engine.HostActor", Watching)
+    monkeypatch.setattr(Watching, "pictures", [])
+    LocalEngine(0, replicas=3).close()
+    groups = [f"{kind}.{n}{rank}" for n in range(3) for kind, rank in (("replica", ""), ("chip", ".0"))]
+    first_ready = next(n for n, tree in enumerate(Watching.pictures) if any(tree[name] == "ready" for name in groups))
+    assert any(all(tree[name] == "starting" for name in groups) for tree in Watching.pictures[:first_ready])
