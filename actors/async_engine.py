@@ -99,9 +99,7 @@ class AsyncEngine:
         self, prompt: Prompt, params: SamplingParams | None, handling: Handling | None
     ) -> AsyncGenerator[RequestOutput, None]:
         changed = asyncio.Event()
-        state, ids = self._runtime.submit(
-            prompt, params or SamplingParams(), handling or ANYHOW, self._wakes().of(changed)
-        )
+        state = self._runtime.submit(prompt, params or SamplingParams(), handling or ANYHOW, self._wakes().of(changed))
         try:
             while True:
                 await changed.wait()
@@ -113,28 +111,32 @@ class AsyncEngine:
                         return
         finally:
             if not state.is_over:
-                self._runtime.abort(ids)
+                self._runtime.abort(state.request_id)
 
     async def _finish(
         self, prompts: Sequence[Prompt], params: SamplingParams | None, handling: Handling | None
     ) -> list[RequestOutput]:
         changed = asyncio.Event()
-        pending: list[tuple[RequestState, tuple[str, ...]]] = []
+        pending: list[RequestState] = []
         wanted, handled = params or SamplingParams(), handling or ANYHOW
         try:
             # One by one, so that those sent are aborted if a later one is refused.
             pending.extend(
                 self._runtime.submit(prompt, wanted, handled, self._wakes().of(changed)) for prompt in prompts
             )
-            while not all(state.is_over for state, _ in pending):
+            while not all(state.is_over for state in pending):
                 await changed.wait()
                 changed.clear()
-            return [state.whole() for state, _ in pending]
+            return [state.whole() for state in pending]
         except BaseException:
-            for state, ids in pending:
+            for state in pending:
                 if not state.is_over:
-                    self._runtime.abort(ids)
+                    self._runtime.abort(state.request_id)
             raise
+
+    def abort(self, request_id: str) -> None:
+        """As ``Engine.abort``; does not wait."""
+        self._runtime.abort(request_id)
 
     async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """As ``Engine.tokenize``."""

@@ -117,12 +117,10 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams | None, handling: Handling | None
     ) -> Iterator[RequestOutput]:
         changed = threading.Condition()
-        state, ids = self._runtime.submit(prompt, params or SamplingParams(), handling or ANYHOW, _notify(changed))
-        return self._deltas(state, ids, changed)
+        state = self._runtime.submit(prompt, params or SamplingParams(), handling or ANYHOW, _notify(changed))
+        return self._deltas(state, changed)
 
-    def _deltas(
-        self, state: RequestState, ids: tuple[str, ...], changed: threading.Condition
-    ) -> Iterator[RequestOutput]:
+    def _deltas(self, state: RequestState, changed: threading.Condition) -> Iterator[RequestOutput]:
         try:
             while True:
                 with changed:
@@ -135,28 +133,35 @@ class Engine:
                     return
         finally:
             if not state.is_over:
-                self._runtime.abort(ids)
+                self._runtime.abort(state.request_id)
 
     def _finish(
         self, prompts: Sequence[Prompt], params: SamplingParams | None, handling: Handling | None
     ) -> list[RequestOutput]:
         changed = threading.Condition()
-        pending: list[tuple[RequestState, tuple[str, ...]]] = []
+        pending: list[RequestState] = []
         wanted, handled = params or SamplingParams(), handling or ANYHOW
         try:
             # One by one, so that those sent are aborted if a later one is refused.
             pending.extend(self._runtime.submit(prompt, wanted, handled, _notify(changed)) for prompt in prompts)
             outputs = []
-            for state, _ in pending:
+            for state in pending:
                 with changed:
                     changed.wait_for(lambda s=state: s.is_over)  # type: ignore[misc]
                 outputs.append(state.whole())
             return outputs
         except BaseException:
-            for state, ids in pending:
+            for state in pending:
                 if not state.is_over:
-                    self._runtime.abort(ids)
+                    self._runtime.abort(state.request_id)
             raise
+
+    def abort(self, request_id: str) -> None:
+        """End a request, by the id that its outputs carry, wherever it is; whoever reads it gets ``Aborted``.
+
+        An id that is unknown or has ended changes nothing.
+        """
+        self._runtime.abort(request_id)
 
     def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids the model would see of a text or of a conversation (``chat``), its special tokens included.

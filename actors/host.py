@@ -106,6 +106,8 @@ class HostActor(TreeActor):
         if self._dead is not None:
             state.failed(self._dead)
             return
+        if state.is_over:  # another of the prompt's completions has failed meanwhile
+            return
         self.requests_total += 1
         now_ns = self.ctx.clock.now_ns()
         deadline_ns = now_ns + int(timeout_s * 1e9)
@@ -164,9 +166,7 @@ class HostActor(TreeActor):
                 self._send(request)
                 return
             error = WorkerDied(request.attempts.spent(error))
-        del self._requests[request.message.request_id]
-        self._end(request, self._dead or error)
-        self.refresh_statistics(None)
+        self._end_prompt(request.state.request_id, self._dead or error)
 
     # Questions about text.
 
@@ -225,11 +225,15 @@ class HostActor(TreeActor):
         self.ctx.ask(SUPERVISOR, message, timeout_s=timeout_s, on_reply=on_reply, on_error=on_done)
 
     def abort(self, request_id: str) -> None:
-        """Cancel a request; its pages are freed within a step. Unknown or ended ids are ignored."""
-        request = self._requests.pop(request_id, None)
-        if request is not None:
+        """Cancel a prompt's completions; their pages are freed within a step. Unknown or ended ids are ignored."""
+        self._end_prompt(request_id, Aborted(f"request {request_id} was aborted by its caller"))
+
+    def _end_prompt(self, prompt_id: str, error: ChipbusError) -> None:
+        """A prompt fails whole: what one of its completions does not get, the others need not get either."""
+        for request in [r for r in self._requests.values() if r.state.request_id == prompt_id]:
+            del self._requests[request.message.request_id]
             request.withdraw()
-            self._end(request, Aborted(f"request {request_id} was aborted by its caller"))
+            self._end(request, error)
             self.refresh_statistics(None)
 
     def _end(self, request: _Request, error: ChipbusError) -> None:

@@ -82,8 +82,8 @@ class Runtime:
 
     def submit(
         self, prompt: Prompt, params: SamplingParams, handling: Handling, on_change: Callable[[], None]
-    ) -> tuple[RequestState, tuple[str, ...]]:
-        """Send one prompt; returns its state and the ids under which its completions can be aborted."""
+    ) -> RequestState:
+        """Send one prompt; returns its state."""
         self.processes.check_usable()
         pinned_replica(handling, len(self.plan.topology.replicas))
         fields = _prompt_fields(prompt)
@@ -92,7 +92,6 @@ class Runtime:
             seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
         request_id = f"req-{number}"
         state = RequestState(request_id, params.n, params.logprobs is not None, on_change)
-        children = []
         for index in range(params.n):
             child = request_id if params.n == 1 else f"{request_id}.{index}"
             message = Generate(
@@ -101,14 +100,12 @@ class Runtime:
                 handling=handling,
                 **fields,
             )
-            children.append(child)
             self.processes.post(partial(self._host.submit, message, index, state, self.plan.config.request_timeout_s))
-        return state, tuple(children)
+        return state
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """Cancel requests; unknown or ended ids are ignored."""
-        for request_id in request_ids:
-            self.processes.post(partial(self._host.abort, request_id))
+    def abort(self, request_id: str) -> None:
+        """Cancel a prompt, all its completions; an unknown or ended id is ignored."""
+        self.processes.post(partial(self._host.abort, request_id))
 
     # Text.
 

@@ -7,15 +7,17 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from local_engine import LocalEngine
+from local_engine import VOCAB, LocalEngine
 from serving_actors import pass_time
 
 from chipbus.actors.boot import TOKENIZER
 from chipbus.actors.host import HostActor
-from chipbus.actors.messages.serving import Detokenize, Detokenized, Encoded, Tokenize
+from chipbus.actors.messages.serving import Detokenize, Detokenized, Encoded, Generate, Tokenize
 from chipbus.actors.messages.tree import TreeChanged
+from chipbus.actors.request import RequestState
+from chipbus.actors.sampling import SamplingParams
 from chipbus.bus import handles, pack_tokens
-from chipbus.errors import DeadlineExceeded, EngineClosed, WorkerDied
+from chipbus.errors import DeadlineExceeded, EngineClosed, RequestInvalid, WorkerDied
 
 KILLED = "signal 9 (SIGKILL)"
 
@@ -66,6 +68,21 @@ def test_a_question_that_only_costs_tokenizers_is_refused() -> None:
     [refusal] = answers
     assert type(refusal) is WorkerDied
     assert "max_request_restarts" in str(refusal)
+    engine.close()
+
+
+def test_a_prompt_fails_whole() -> None:
+    engine = LocalEngine(0)
+    state = RequestState("p", 2, wants_logprobs=False, on_change=lambda: None)
+    params = SamplingParams(seed=0, max_tokens=50, ignore_eos=True)
+    for index, token_id in enumerate((20, VOCAB)):
+        message = Generate(request_id=f"p.{index}", prompt_token_ids=pack_tokens([token_id]), params=params)
+        engine.host.submit(message, index, state, 60.0)
+    engine.system.run_until(lambda: state.is_over)
+    with pytest.raises(RequestInvalid, match="1024"):
+        state.whole()
+    engine.system.run_until(engine.is_idle)
+    assert len(state.token_ids(0)) < 50, "the other one was cancelled"
     engine.close()
 
 

@@ -83,6 +83,24 @@ def test_leaving_a_stream_aborts_it_and_frees_its_pages(engine: Engine) -> None:
     )
 
 
+@pytest.mark.guarantee("E55")
+def test_a_request_is_aborted_by_its_id_all_its_completions_and_twice_is_once(engine: Engine) -> None:
+    endless = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True, n=2)
+    deltas = engine.stream([31, 32], endless)
+    first = next(deltas)
+    engine.abort(first.request_id)
+    engine.abort(first.request_id)
+    engine.abort("no such request")
+
+    with pytest.raises(errors.Aborted, match=first.request_id):
+        for _ in deltas:
+            pass
+    eventually(
+        lambda: (s := engine.statistics()).pages_free == s.pages_total and s.running == 0, "the abort freed the pages"
+    )
+    assert engine.generate([3], GREEDY)[0].finished
+
+
 def test_text_and_ids_of_the_same_prompt_give_the_same_tokens(engine: Engine) -> None:
     by_text = engine.generate("replica", GREEDY)[0]
 
