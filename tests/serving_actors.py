@@ -11,7 +11,7 @@ from chipbus.actors.handling import ANYHOW, Handling
 from chipbus.actors.messages.serving import Generate, Submit, TextDelta, TextDone, TokenDelta, TokensDone
 from chipbus.actors.sampling import SamplingParams
 from chipbus.bus import Actor, Ask, Call, LocalSystem, Ready, handles, pack_tokens, unpack_tokens
-from chipbus.errors import ChipbusError
+from chipbus.errors import Aborted, ChipbusError
 
 Script = Callable[[Submit], list[int]]
 
@@ -41,7 +41,7 @@ class ScriptedReplica(Actor):
         self.script = script
         self.pause_s = pause_s
         self.refuses = refuses
-        self.open: set[str] = set()
+        self.open: dict[str, Call] = {}
         self.seen: list[str] = []
         self.cancelled: list[tuple[str, str]] = []
 
@@ -50,19 +50,23 @@ class ScriptedReplica(Actor):
         self.seen.append(submit.request_id)
         if self.refuses and self.ctx.random.random() < 0.3:
             raise ChipbusError("the scripted replica refuses")
-        self.open.add(submit.request_id)
-        call.on_cancel(lambda reason: self._cancelled(submit.request_id, reason))
+        earlier = self.open.pop(submit.request_id, None)
+        if earlier is not None:
+            earlier.fail(Aborted(f"a later attempt has taken the place of request {submit.request_id}"))
+        self.open[submit.request_id] = call
+        call.on_cancel(lambda reason: self._cancelled(submit.request_id, call, reason))
         self._next(submit, call, self.script(submit), len(submit.generated) // 4)
 
-    def _cancelled(self, request_id: str, reason: str) -> None:
-        self.open.discard(request_id)
+    def _cancelled(self, request_id: str, call: Call, reason: str) -> None:
+        if self.open.get(request_id) is call:
+            del self.open[request_id]
         self.cancelled.append((request_id, reason))
 
     def _next(self, submit: Submit, call: Call, tokens: list[int], index: int) -> None:
         if not call.is_open:
             return
         if index == len(tokens):
-            self.open.discard(submit.request_id)
+            del self.open[submit.request_id]
             call.reply(TokensDone(finish_reason="length", queued_s=0.25))
             return
         size = min(self.ctx.random.randint(1, 3), len(tokens) - index)

@@ -91,6 +91,7 @@ def lives(engine: Engine) -> dict[str, tuple[int, str]]:
     return {r.name: (r.incarnation, r.state) for r in engine.tree() if r.kind == "replica"}
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("E54")
 def test_one_replica_that_cannot_start_ends_the_start_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     children = EnginePlan.children
