@@ -70,9 +70,12 @@ class Core:
         self.scheduler.check_integrity()
 
     def begin(self) -> Batch | None:
+        ran = {request.request_id for request in self.scheduler._running}
         batch = self.scheduler.next_batch()
         self.scheduler.check_integrity()
         if batch is not None:
+            assert not batch.record.preempted or ran >= {row.request_id for row in batch.record.rows}
+            assert ran >= set(batch.record.preempted), "admitted only to be preempted"
             self.batches.append(batch)
             self.check(batch)
         return batch
@@ -449,11 +452,10 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[object, ...]]]:
     longest = max(room - 1, 1)
     ids = st.one_of(
         st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=longest),
-        st.builds(  # which begin alike, so that pages are shared
-            lambda seed, length, tail: [*[(seed + at) % VOCAB for at in range(length)], *tail][:longest],
-            st.integers(0, 1),
-            st.integers(1, longest),
-            st.lists(st.integers(0, 3), max_size=2),
+        st.builds(  # of few different pages, so that some are found again, and some only look like it
+            lambda pages, tail: [*np.repeat(pages, page_size).tolist(), *tail][:longest],
+            st.lists(st.integers(20, 21), min_size=1, max_size=4),
+            st.lists(st.integers(20, 21), max_size=2),
         ),
     )
     wants = st.builds(
@@ -467,7 +469,7 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[object, ...]]]:
     )
     moves = st.one_of(
         st.tuples(st.just("add"), ids, wants, st.integers(-1, 1)),
-        st.tuples(st.just("step")),
+        st.tuples(st.just("steps"), st.integers(1, 9)),
         st.tuples(st.just("abort"), st.integers(0, 20)),
         st.tuples(st.just("abort in flight"), st.integers(0, 20)),
         st.tuples(st.just("drop")),
@@ -504,8 +506,9 @@ def test_every_request_gets_the_tokens_it_would_get_alone(case):
             else:
                 core.add(name, ids, move[2], move[3])
                 wanted[name] = (ids, move[2])
-        elif move[0] == "step":
-            core.step()
+        elif move[0] == "steps":
+            for _ in range(move[1]):
+                core.step()
         elif move[0] == "abort":
             abort(move[1])
         elif move[0] == "lose pages":
