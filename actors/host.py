@@ -24,7 +24,6 @@ from .messages.tree import (
     ReplicaStatistics,
     ReplicaStatisticsRequest,
     TreeChanged,
-    TreeReady,
 )
 from .meter import OpenRequest
 from .reporter import Reporter
@@ -88,11 +87,6 @@ class HostActor(TreeActor):
     def _tree_changed(self, message: TreeChanged, call: object) -> None:
         super()._tree_changed(message, call)
         self.reporter.saw_tree(message.children)
-
-    @handles(TreeReady)
-    def _tree_ready(self, message: TreeReady, call: object) -> None:
-        self.reporter.ready()
-        super()._tree_ready(message, call)
 
     @handles(GroupLost)
     def _group_lost(self, message: GroupLost, call: object) -> None:

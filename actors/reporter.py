@@ -67,6 +67,7 @@ class Reporter:
         self._answered_ns: int | None = None
         self._waiting: list[Callable[[EngineReport], None]] = []
         self._files: RunFiles | None = None
+        self._has_written = False
         self._write_timer: Timer | None = None
         self._flush_timer: Timer | None = None
         self._is_over = False
@@ -134,6 +135,8 @@ class Reporter:
         """The supervisor sent its next picture."""
         self._tree = tuple(tree)
         self._processes.saw(tree)
+        if not self._has_written and is_ready(tree):  # from the first moment a recorded run has a report
+            self._write(self.report())
         self.touch()
 
     def saw_replicas(self, rows: Sequence[ReplicaStatistics]) -> None:
@@ -261,11 +264,8 @@ class Reporter:
 
     def _write(self, report: EngineReport) -> None:
         if self._files is not None:
+            self._has_written = True
             self._files.report(report)
-
-    def ready(self) -> None:
-        """The engine has started: from now on a recorded run has a report."""
-        self._write(self.report())
 
     def end(self) -> None:
         """Nothing more is served: who waits gets what is known, and listeners may look for the end."""

@@ -9,6 +9,7 @@ Owns: both files, on the writing side. Nothing a request says gets in, as nothin
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -33,29 +34,37 @@ class RunFiles:
 
     def event(self, event: Event) -> None:
         """Append one."""
-        self._write(_EVENTS, os.O_APPEND, _encode(event) + b"\n")
+        self._attempt(_EVENTS, lambda path: _write(path, os.O_APPEND, _encode(event) + b"\n"))
 
     def report(self, report: EngineReport) -> None:
         """Replace the report."""
-        fresh = f".{_REPORT}"
-        self._write(fresh, os.O_TRUNC, _encode(report))
-        if not self._has_failed:
-            (self._directory / fresh).replace(self._directory / _REPORT)
 
-    def _write(self, name: str, how: int, data: bytes) -> None:
+        def replace(path: Path) -> None:
+            fresh = path.with_name(f".{path.name}")
+            _write(fresh, os.O_TRUNC, _encode(report))
+            fresh.replace(path)
+
+        self._attempt(_REPORT, replace)
+
+    def _attempt(self, name: str, write: Callable[[Path], None]) -> None:
+        path = self._directory / name
         if self._has_failed:
             return
-        path, rest = self._directory / name, memoryview(data)
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, 0o600)
-            try:
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-            finally:
-                os.close(fd)
+            write(path)
         except OSError as error:
             self._has_failed = True
             get_logger().error("run_files.failed", path=str(path), error=str(error))
+
+
+def _write(path: Path, how: int, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, 0o600)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+    finally:
+        os.close(fd)
 
 
 def read_recorded(directory: Path | str) -> EngineReport:
