@@ -23,7 +23,11 @@ from ...errors import ConfigError, EngineDead
 __all__ = ["embedded_page", "live_page", "page", "policy"]
 
 _EMPTY = '<script type="application/json" id="embedded">null</script>'
-_RECORDED = "Recorded: this is the end of a run that was recorded; nothing here is being updated."
+_ENDED = "Recorded: this is how a run ended that was closed in order. Nothing here is being updated."
+_LATEST = (
+    "Recorded: this is the latest report of a run that had not been closed when it was read: it goes on, or was cut"
+    " short. Nothing here is being updated."
+)
 _LOOK = (
     "A look from outside: this is one moment of a running engine, and nothing here is being updated. A guest is told of"
     " its processes only; requests, pages, chip time and events are missing."
@@ -84,7 +88,8 @@ def page(source: Path, out: Path | None) -> Path:
 
 def _text_of(source: Path) -> str:
     if (source / "run.json").exists():
-        return embedded_page(read_recorded(source), _RECORDED)
+        report = read_recorded(source)
+        return embedded_page(report, _ENDED if report.is_closed else _LATEST)
     try:
         with Guest(source.absolute()) as guest:
             tree = guest.report()
