@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
@@ -17,7 +18,7 @@ from .handling import ANYHOW, Handling
 from .messages.serving import Detokenize, Detokenized, Encoded, Tokenize
 from .messages.tree import ChildRecord, CloseReport
 from .outputs import RequestOutput, Statistics
-from .plan import plan_engine
+from .plan import EnginePlan, plan_engine
 from .process_tree import close_when_forgotten
 from .report import EngineReport, Event
 from .request import RequestState
@@ -46,6 +47,16 @@ class AsyncEngine:
         self._on_progress = on_progress
         self._started: Runtime | None = None
         self._woken: _Wakes | None = None
+
+    @property
+    def plan(self) -> EnginePlan:
+        """What this engine is, or will be: settings, model, placement, sizes."""
+        return self._plan
+
+    @property
+    def death(self) -> ChipbusError | None:
+        """What ended the engine's processes before ``close``; None while they live."""
+        return self._runtime.processes.death
 
     @property
     def _runtime(self) -> Runtime:
@@ -213,12 +224,15 @@ class AsyncEngine:
         return await asyncio.to_thread(self._runtime.close)
 
     async def __aenter__(self) -> Self:
-        start = asyncio.ensure_future(asyncio.to_thread(Runtime.start, self._plan, self._on_progress))
+        made: list[Runtime] = []
+        start = asyncio.ensure_future(asyncio.to_thread(Runtime.start, self._plan, self._on_progress, made.append))
         try:
             self._started = await asyncio.shield(start)
-        except asyncio.CancelledError:  # the thread cannot be cancelled: let it finish, then take down what it built
-            runtime = await start
-            await asyncio.to_thread(runtime.close)
+        except asyncio.CancelledError:  # the thread cannot be cancelled, but it can be told
+            for runtime in made:
+                runtime.processes.give_up_start()
+            with contextlib.suppress(ChipbusError):  # it took down what it had built
+                await asyncio.to_thread((await start).close)
             raise
         close_when_forgotten(self, self._started.processes)
         return self

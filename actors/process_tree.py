@@ -116,6 +116,13 @@ class ProcessTree:
         if self.death is not None:
             raise self.death
 
+    def give_up_start(self) -> None:
+        """Nobody wants it any more: ``start`` raises ``EngineClosed`` soon, in the thread that called it."""
+        if not self._settled.is_set():
+            self.death = EngineClosed(f"the {self._settings.what} was given up while it started")
+            self._settled.set()
+            self._bound.set()
+
     def _check_room(self, boot: Boot) -> None:
         """Fail now, by name, rather than in some process in the middle of its start."""
         what, num_children = f"the {self._settings.what}", len(boot.children)

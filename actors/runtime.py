@@ -66,8 +66,13 @@ class Runtime:
         )
 
     @classmethod
-    def start(cls, plan: EnginePlan, on_progress: Callable[[Progress], None] | None = None) -> Runtime:
-        """Start the tree and wait until every process is ready.
+    def start(
+        cls,
+        plan: EnginePlan,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_made: Callable[[Runtime], None] | None = None,
+    ) -> Runtime:
+        """Start the tree and wait until every process is ready. ``on_made`` hears of the runtime before that.
 
         Raises the child's own error, or ``StartFailed``; then, as on Ctrl-C, nothing is left behind.
         """
@@ -75,6 +80,8 @@ class Runtime:
             config = attrs.asdict(plan.config, recurse=False)
             write_manifest(plan.config.record, config, model_dir=str(plan.model_dir), fingerprint=plan.spec.fingerprint)
         runtime = cls(plan, on_progress)
+        if on_made is not None:
+            on_made(runtime)
         runtime.processes.start(plan.boot)
         return runtime
 

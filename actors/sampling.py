@@ -26,7 +26,8 @@ def _number(low: float, high: float, *, low_open: bool = False, whole: bool = Fa
             interval = f"{'(' if low_open else '['}{low:g}, {high:g}]"
             raise RequestInvalid(
                 f"SamplingParams.{field.name} is {value!r}; it must be {'an integer' if whole else 'a number'}"
-                f" in {interval}"
+                f" in {interval}",
+                param=field.name,
             )
 
     return check
@@ -42,7 +43,7 @@ def _optional(check: Check) -> Check:
 
 def _flag(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
     if not isinstance(value, bool):
-        raise RequestInvalid(f"SamplingParams.{field.name} is {value!r}; it must be True or False")
+        raise RequestInvalid(f"SamplingParams.{field.name} is {value!r}; it must be True or False", param=field.name)
 
 
 def _as_strings(value: str | Iterable[str]) -> tuple[str, ...]:
@@ -52,13 +53,15 @@ def _as_strings(value: str | Iterable[str]) -> tuple[str, ...]:
 def _strings(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
     for item in value:
         if not isinstance(item, str) or not item:
-            raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; each entry must be a non-empty string")
+            rule = "each entry must be a non-empty string"
+            raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; {rule}", param=field.name)
 
 
 def _token_ids(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:
     for item in value:
         if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < 2**31:
-            raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; each entry must be a token id >= 0")
+            rule = "each entry must be a token id >= 0"
+            raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; {rule}", param=field.name)
 
 
 def _field(default: Any, check: Check, converter: Callable[[Any], Any] | None = None) -> Any:
@@ -111,7 +114,8 @@ class SamplingParams:
                 field.metadata["check"](self, field, getattr(self, field.name))
         if self.min_tokens > self.max_tokens:
             raise RequestInvalid(
-                f"SamplingParams.min_tokens is {self.min_tokens}; it must not exceed max_tokens, {self.max_tokens}"
+                f"SamplingParams.min_tokens is {self.min_tokens}; it must not exceed max_tokens, {self.max_tokens}",
+                param="min_tokens",
             )
 
     @property

@@ -11,19 +11,26 @@ import os
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import click
 
-from ..actors.config import EngineConfig
 from ..actors.sampling import SamplingParams
 from ..errors import RequestInvalid
-from .settings import Resolved, flag_names, parse_text, resolve_settings, value_type
+from .settings import ENGINE_FIELDS, SERVER_FIELDS, Resolved, flag_names, parse_text, resolve_settings, value_type
 
-__all__ = ["engine_options", "plain", "resolved_from", "sampling_from", "sampling_options", "sampling_rows"]
+__all__ = [
+    "engine_options",
+    "plain",
+    "resolved_from",
+    "sampling_from",
+    "sampling_options",
+    "sampling_rows",
+    "server_options",
+]
 
 _METAVARS: dict[type, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 HELP: Mapping[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -36,14 +43,7 @@ Command = Callable[..., Any]
 
 def engine_options(command: Command) -> Command:
     """Add MODEL, one flag per setting (of a boolean without a value), ``--config`` and ``--print-config``."""
-    for field in reversed(attrs.fields(EngineConfig)):
-        if field.name != "model":
-            kind = value_type(field.name)
-            opposite: dict[str, Any] = {"flag_value": plain(not field.default)}
-            takes = opposite if kind is bool else {"metavar": _METAVARS[kind]}
-            command = click.option(*flag_names(field.name), f"setting_{field.name}", help=_engine_help(field), **takes)(
-                command
-            )
+    command = _setting_options(command, ENGINE_FIELDS)
     command = click.option("--print-config", is_flag=True, help="Print every setting with its source, and stop.")(
         command
     )
@@ -51,6 +51,23 @@ def engine_options(command: Command) -> Command:
         "--config", "config_file", metavar="FILE", type=click.Path(path_type=Path), help="TOML file of settings."
     )(command)
     return click.argument("setting_model", metavar="[MODEL]", required=False)(command)
+
+
+def server_options(command: Command) -> Command:
+    """Add one flag per setting of the server."""
+    return _setting_options(command, SERVER_FIELDS)
+
+
+def _setting_options(command: Command, fields: Sequence[attrs.Attribute[Any]]) -> Command:
+    for field in reversed(fields):
+        if field.name != "model":
+            kind = value_type(field.name)
+            opposite: dict[str, Any] = {"flag_value": plain(not field.default)}
+            takes = opposite if kind is bool else {"metavar": _METAVARS[kind]}
+            command = click.option(*flag_names(field.name), f"setting_{field.name}", help=_engine_help(field), **takes)(
+                command
+            )
+    return command
 
 
 def with_traceback(command: Command) -> Command:

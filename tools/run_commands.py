@@ -13,7 +13,15 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
-from .options import HELP, engine_options, resolved_from, sampling_from, sampling_options, with_traceback
+from .options import (
+    HELP,
+    engine_options,
+    resolved_from,
+    sampling_from,
+    sampling_options,
+    server_options,
+    with_traceback,
+)
 
 __all__ = ["bus_run"]
 
@@ -50,6 +58,24 @@ def generate(prompts: tuple[str, ...], as_json: bool, print_config: bool, **opti
         click.echo(resolved.as_toml())
         return
     run(resolved.config, read_prompts(prompts, resolved.config.model), params, as_json=as_json)
+
+
+@bus_run.command("serve", context_settings=HELP)
+@server_options
+@engine_options
+@with_traceback
+def serve_command(print_config: bool, **options: Any) -> None:
+    """Serve MODEL, a Hugging Face directory or 'demo', over HTTP as OpenAI's API. Needs the extra 'serve'.
+
+    Ctrl-C or SIGTERM: take no new requests and let the open ones end; once more: kill. docs/serving.md tells the rest.
+    """
+    from .serve.command import serve
+
+    resolved = resolved_from(options)
+    if print_config:
+        click.echo(resolved.as_toml(with_server=True))
+        return
+    serve(resolved)
 
 
 @bus_run.command(context_settings=HELP)

@@ -1,6 +1,7 @@
-"""Where each setting of an engine comes from: flag, ``CHIPBUS_*`` variable, TOML file or default, in that order.
+"""Where each setting comes from: flag, ``CHIPBUS_*`` variable, TOML file or default, in that order.
 
-Owns: nothing. ``EngineConfig`` is the only list of settings; names, types and rules are read from its fields.
+Owns: nothing. ``EngineConfig`` and ``ServerConfig`` are the only lists of settings; names, types and rules are read
+from their fields. Variables and files may hold both, also for a command that starts no server: one file serves all.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import attrs
 from ..actors.config import EngineConfig
 from ..actors.processes import RUN_VARIABLE
 from ..errors import ConfigError
+from .serve.config import ServerConfig
 
 __all__ = [
+    "ENGINE_FIELDS",
     "PREFIX",
     "RESERVED_PREFIX",
+    "SERVER_FIELDS",
     "Resolved",
     "Setting",
     "flag_names",
@@ -34,7 +38,11 @@ PREFIX = "CHIPBUS_"
 RESERVED_PREFIX = "CHIPBUS_RING_"
 """Ring sizes, resolved per dispatch by the kernels and not here."""
 
-_TYPES = typing.get_type_hints(EngineConfig)
+ENGINE_FIELDS = tuple(attrs.fields(EngineConfig))
+SERVER_FIELDS = tuple(attrs.fields(ServerConfig))
+_FIELDS = {field.name: field for field in (*ENGINE_FIELDS, *SERVER_FIELDS)}
+_TYPES = {**typing.get_type_hints(EngineConfig), **typing.get_type_hints(ServerConfig)}
+assert len(_FIELDS) == len(ENGINE_FIELDS) + len(SERVER_FIELDS)
 _RULES: dict[type, str] = {
     bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path",
 }  # fmt: skip
@@ -54,9 +62,11 @@ class Setting:
     source: str
 
     def as_toml(self) -> str:
-        """``name = value``; None becomes a comment, for TOML has no null."""
+        """``name = value``; None becomes a comment, for TOML has no null, and so does a secret."""
         if self.value is None:
             return f"# {self.name} is not set"
+        if _FIELDS[self.name].metadata.get("secret"):
+            return f"# {self.name} is set, and not shown"
         if isinstance(self.value, bool):
             return f"{self.name} = {str(self.value).lower()}"
         if isinstance(self.value, _NUMBERS):
@@ -66,16 +76,19 @@ class Setting:
 
 @attrs.frozen
 class Resolved:
-    """A checked configuration, and where each of its values comes from, in the order of ``EngineConfig``."""
+    """A checked configuration, and where each of its values comes from, in the order of the fields."""
 
     config: EngineConfig
     settings: tuple[Setting, ...]
+    server: ServerConfig
+    server_settings: tuple[Setting, ...]
 
-    def as_toml(self) -> str:
+    def as_toml(self, *, with_server: bool = False) -> str:
         """Every value with its source as a comment; itself a valid ``--config`` file."""
-        lines = [setting.as_toml() for setting in self.settings]
+        settings = (*self.settings, *self.server_settings) if with_server else self.settings
+        lines = [setting.as_toml() for setting in settings]
         width = max(map(len, lines))
-        return "\n".join(f"{line:<{width}}  # {s.source}" for line, s in zip(lines, self.settings, strict=True))
+        return "\n".join(f"{line:<{width}}  # {s.source}" for line, s in zip(lines, settings, strict=True))
 
 
 def resolve_settings(flags: Mapping[str, str | None], environ: Mapping[str, str], file: Path | None) -> Resolved:
@@ -101,12 +114,16 @@ def resolve_settings(flags: Mapping[str, str | None], environ: Mapping[str, str]
             found[name] = (parse_text(flag, value_type(name), flag_text), f"flag {flag}")
     for name, (value, source) in found.items():
         _check_range(name, value, source)
-    config = EngineConfig(**{name: value for name, (value, _) in found.items()})
-    settings = tuple(
-        Setting(field.name, getattr(config, field.name), found.get(field.name, (None, "default"))[1])
-        for field in attrs.fields(EngineConfig)
-    )
-    return Resolved(config, settings)
+
+    def settings(config: EngineConfig | ServerConfig, fields: tuple[attrs.Attribute[Any], ...]) -> tuple[Setting, ...]:
+        sources = {name: source for name, (_, source) in found.items()}
+        return tuple(Setting(f.name, getattr(config, f.name), sources.get(f.name, "default")) for f in fields)
+
+    def given(fields: tuple[attrs.Attribute[Any], ...]) -> dict[str, Any]:
+        return {field.name: found[field.name][0] for field in fields if field.name in found}
+
+    config, server = EngineConfig(**given(ENGINE_FIELDS)), ServerConfig(**given(SERVER_FIELDS))
+    return Resolved(config, settings(config, ENGINE_FIELDS), server, settings(server, SERVER_FIELDS))
 
 
 def flag_names(name: str) -> tuple[str, ...]:
@@ -116,7 +133,7 @@ def flag_names(name: str) -> tuple[str, ...]:
     """
     if name == "model":
         return ("MODEL",)
-    field = getattr(attrs.fields(EngineConfig), name)
+    field = _FIELDS[name]
     return tuple(field.metadata["flags"]) or (f"--{'no-' * (field.default is True)}{name.replace('_', '-')}",)
 
 
@@ -182,7 +199,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _check_range(name: str, value: Any, source: str) -> None:
     """The field's own rule, here so that the sentence can name the source; the constructor would check it anyway."""
-    field = getattr(attrs.fields(EngineConfig), name)
+    field = _FIELDS[name]
     try:
         field.validator(None, field, value)
     except ConfigError as error:

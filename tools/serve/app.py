@@ -1,0 +1,90 @@
+"""The application: routes of several modules behind one door, which asks for the key and answers every error alike.
+
+Owns: nothing. Each module with endpoints has a ``routes`` function; here they come together.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from . import about, completions
+from .failures import Failure, Refused
+from .http import send_failure, told
+from .service import Service
+
+__all__ = ["make_app"]
+
+
+def make_app(service: Service, api_key: str | None, more: Sequence[BaseRoute] = ()) -> ASGIApp:
+    """The ASGI application of one engine. ``more``: routes of other modules, for example ``metrics.routes(engine)``."""
+    routes = [*completions.routes(service), *about.routes(service), *more]
+    return _Door(Router(routes, redirect_slashes=False), api_key)
+
+
+class _Door:
+    """In front of all routes."""
+
+    def __init__(self, router: Router, api_key: str | None) -> None:
+        self._router = router
+        self._api_key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI; http only."""
+        scope["app"] = self._router  # so that it raises what it would answer in its own shape
+        try:
+            if self._api_key is not None and scope["path"] not in about.OPEN_PATHS:
+                self._check_key(scope, self._api_key)
+            await self._router(scope, receive, send)
+        except HTTPException as error:
+            await send_failure(send, _of_router(error, scope))
+        except Exception as error:  # noqa: BLE001 (the last boundary: every ending becomes an answer)
+            failure = told(error, scope["path"])
+            try:
+                await send_failure(send, failure)
+            except RuntimeError:  # an answer has begun; the connection ends in the middle of it
+                return
+
+    def _check_key(self, scope: Scope, expected: bytes) -> None:
+        """``Authorization: Bearer KEY``; or as a password of any user, which is what browsers can ask for."""
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, rest = given.partition(b" ")
+        key = rest.strip()
+        if scheme.lower() == b"basic":
+            try:
+                key = base64.b64decode(key, validate=True).partition(b":")[2]
+            except binascii.Error:
+                key = b""
+        elif scheme.lower() != b"bearer":
+            key = b""
+        if not hmac.compare_digest(key, expected):
+            is_page = scope["method"] == "GET" and not scope["path"].startswith("/v1/")
+            challenge = b'Basic realm="chipbus"' if is_page else b"Bearer"
+            what = "the API key is wrong" if given else "there is no API key"
+            raise Refused(
+                401,
+                f"{what}; send Authorization: Bearer KEY",
+                type="authentication_error",
+                code="invalid_api_key",
+                headers=((b"www-authenticate", challenge),),
+            )
+
+
+def _of_router(error: HTTPException, scope: Scope) -> Failure:
+    """Nothing at this path, or nothing for this method."""
+    allowed = (error.headers or {}).get("Allow", "")
+    return Failure(
+        status=error.status_code,
+        type="invalid_request_error",
+        code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code),
+        message=(
+            f"{scope['method'][:20]} is not possible here; {allowed} is" if allowed else "there is nothing at this path"
+        ),
+        headers=((b"allow", allowed.encode()),) if allowed else (),
+    )
