@@ -72,7 +72,7 @@ class _Door:
                 f"{what}; send Authorization: Bearer KEY",
                 type="authentication_error",
                 code="invalid_api_key",
-                headers=((b"www-authenticate", challenge),),
+                headers=((b"www-authenticate", challenge), (b"connection", b"close")),
             )
 
 

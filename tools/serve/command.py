@@ -104,7 +104,7 @@ class _Serving:
             try:
                 service.state = "serving"
                 self._tell_ready(engine, name, time.monotonic() - began_s)
-                await self._serve_until_stopped(engine, service)
+                await self._serve_until_stopped(engine, service, serving)
                 if engine.death is not None:
                     raise engine.death
                 await self._drain(service)
@@ -153,10 +153,12 @@ class _Serving:
         self._view.say(f"ready in {seconds:.1f} s, as model {name!r}; Ctrl-C ends it")
         self._view.result(f"{url_of(self._listener)}/v1")
 
-    async def _serve_until_stopped(self, engine: AsyncEngine, service: Service) -> None:
+    async def _serve_until_stopped(
+        self, engine: AsyncEngine, service: Service, serving: asyncio.Future[None]
+    ) -> None:
         """Until a signal comes or the engine dies; one line every ten seconds if there was work."""
         said_s, served, tokens = time.monotonic(), 0, 0
-        while not self._stop.is_set() and engine.death is None:
+        while not self._stop.is_set() and engine.death is None and not serving.done():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), LOOK_S)
             seconds = time.monotonic() - said_s

@@ -38,18 +38,14 @@ class _Completions:
 
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A conversation."""
-        body = await self._body(scope, receive)
+        body = await body_of(scope, receive, self._service.max_body_bytes)
         await self._serve(chat_wanted(body, scope["headers"]), scope, receive, send)
 
     async def text(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Prompts."""
-        body = await self._body(scope, receive)
+        body = await body_of(scope, receive, self._service.max_body_bytes)
         wanted = completion_wanted(body, scope["headers"], self._service.max_model_len)
         await self._serve(wanted, scope, receive, send)
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        self._service.check_ready()  # rather than read megabytes for nothing
-        return await body_of(scope, receive, self._service.max_body_bytes)
 
     async def _serve(self, wanted: Wanted, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service

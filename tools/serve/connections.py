@@ -6,6 +6,7 @@ Owns: the listening socket's connections, through uvicorn. What was not sent in 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ class HttpServer(Server):
     """uvicorn, on a socket that is bound already; signals are its caller's."""
 
     def __init__(self, app: ASGIApp) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)  # the application tells what matters
         super().__init__(
             Config(
                 app,

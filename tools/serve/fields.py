@@ -7,6 +7,7 @@ it says what would happen anyway, or unknown and refused with the nearest name.
 from __future__ import annotations
 
 import difflib
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,14 +40,14 @@ Take = Callable[[Any], Any]
 """A JSON value, never null, as what is used; raises ``RequestInvalid`` with the rule."""
 
 
-class Where:
+class Where(enum.Enum):
     """What becomes of a field."""
 
-    SAMPLING = "sampling"  # to ``SamplingParams``, under its own name
-    HANDLING = "handling"  # to ``Handling``
-    SERVER = "server"  # used by the server itself
+    SAMPLING = "used"  # goes to ``SamplingParams``, under its own name
+    HANDLING = "used to place it"  # goes to ``Handling``
+    SERVER = "used by the server"
     IGNORED = "ignored"
-    NEUTRAL = "neutral"  # not supported; accepted if it says what would happen anyway
+    NEUTRAL = "not supported"  # accepted if it says what would happen anyway
 
 
 @attrs.frozen
@@ -54,7 +55,7 @@ class Field:
     """One field of a request. null stands for not given, unless the field must be."""
 
     name: str
-    where: str
+    where: Where
     kind: str  # for people: "number", "text or list of texts", …
     text: str  # what it does
     take: Take

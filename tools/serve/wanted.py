@@ -52,7 +52,7 @@ def chat_wanted(body: bytes, headers: Headers) -> Wanted:
     top = given.pop("top_logprobs", None)
     if given.pop("logprobs", False):
         given["logprobs"] = top or 0
-    elif top is not None:
+    elif top:
         raise RequestInvalid("top_logprobs is given without logprobs, which must be true", param="top_logprobs")
     names = {"max_tokens": "max_completion_tokens"} if older is None else {}
     return _wanted(given, headers, names, messages=given["messages"])
