@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import httpx
 import uvloop
-from support import comes_true
 
 from chipbus.actors.async_engine import AsyncEngine
 from chipbus.actors.outputs import RequestOutput, Statistics
 from chipbus.tools.serve.app import make_app
 from chipbus.tools.serve.connections import HttpServer, listening_socket, url_of
 from chipbus.tools.serve.service import Service
+from support import comes_true
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class RunningServer:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             try:
                 runner.run(self._serve())
-            except BaseException as error:  # the test that waits for it raises it
+            except BaseException as error:  # noqa: BLE001 (the test that waits for it raises it)
                 self._failure = error
             finally:
                 self._is_up.set()

@@ -82,6 +82,7 @@ class _Serving:
 
     async def run(self) -> None:
         """From start to end."""
+        from . import state
         from .app import make_app
         from .connections import HttpServer
         from .service import Service
@@ -94,7 +95,7 @@ class _Serving:
         name = settings.served_model_name or engine.plan.model_dir.name
         self._introduce(engine)
         service = Service(engine, name, settings.max_body_bytes)
-        http = HttpServer(make_app(service, settings.api_key))
+        http = HttpServer(make_app(service, settings.api_key, state.routes(engine)))
         serving = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         try:
             began_s = time.monotonic()
