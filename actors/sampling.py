@@ -124,7 +124,7 @@ class SamplingParams:
         temperature, seed = self.temperature, self.seed
         others = (
             self.top_p, self.top_k, self.min_p, self.stop, self.stop_token_ids, self.include_stop_str_in_output,
-            self.ignore_eos, self.min_tokens, self.logprobs, self.n, self.presence_penalty, self.frequency_penalty,
+            self.min_tokens, self.logprobs, self.n, self.presence_penalty, self.frequency_penalty,
             self.repetition_penalty,
         )  # fmt: skip
         return (
@@ -132,13 +132,14 @@ class SamplingParams:
             and tuple(map(type, others)) == _USUAL_TYPES  # True is no 1
             and type(self.max_tokens) is int
             and 1 <= self.max_tokens < 2**31
-            and type(temperature) is float
+            and type(self.ignore_eos) is bool
+            and type(temperature) in (float, int)
             and 0.0 <= temperature <= 100.0
             and (seed is None or (type(seed) is int and 0 <= seed < 2**63))
         )
 
 
-_USUAL: tuple[Any, ...] = (1.0, 0, 0.0, (), (), False, False, 0, None, 1, 0.0, 0.0, 1.0)
+_USUAL: tuple[Any, ...] = (1.0, 0, 0.0, (), (), False, 0, None, 1, 0.0, 0.0, 1.0)
 _USUAL_TYPES = tuple(map(type, _USUAL))
 
 
