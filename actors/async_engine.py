@@ -179,7 +179,7 @@ class AsyncEngine:
         return answers[0]
 
     def statistics(self) -> Statistics:
-        """The latest snapshot, refreshed whenever a request ends; never a round trip."""
+        """The latest snapshot, refreshed soon after a request ends; never a round trip."""
         return self._runtime.latest_statistics()
 
     async def report(self) -> EngineReport:

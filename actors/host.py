@@ -33,6 +33,7 @@ from .tree_actor import TreeActor
 __all__ = ["HostActor"]
 
 STATISTICS_TIMEOUT_S = 5.0
+LOOK_AGAIN_S = 0.05
 
 
 @attrs.define(eq=False)
@@ -73,7 +74,7 @@ class HostActor(TreeActor):
         self._requests: dict[str, _Request] = {}
         self._questions: set[_Question] = set()
         self._dead: ChipbusError | None = None
-        self._statistics_pending = False
+        self._look_is_due = False
         self.replicas: tuple[ReplicaStatistics, ...] = ()  # replaced whole, so other threads may read it
         self.requests_total = 0
         self.reporter = Reporter()
@@ -150,7 +151,7 @@ class HostActor(TreeActor):
         del self._requests[request.message.request_id]
         self.reporter.finish(request.measured, reply)
         request.state.done(request.index, reply)
-        self.refresh_statistics(None)
+        self._look_again()
 
     def _failed(self, request: _Request, error: ChipbusError) -> None:
         """The request failed further down, or the tokenizer died: its next life goes on where this one was."""
@@ -228,7 +229,7 @@ class HostActor(TreeActor):
             del self._requests[request.message.request_id]
             request.withdraw()
             self._end(request, error)
-            self.refresh_statistics(None)
+            self._look_again()
 
     def _end(self, request: _Request, error: ChipbusError) -> None:
         self.reporter.fail(request.measured, error)
@@ -259,25 +260,25 @@ class HostActor(TreeActor):
 
         super().shut_down(budget_s, close)
 
-    def refresh_statistics(self, on_done: Callable[[ChipbusError | None], None] | None) -> None:
-        """Ask the replicas for their statistics; without ``on_done`` at most one such question is under way."""
-        if on_done is None:
-            if self._statistics_pending:
-                return
-            self._statistics_pending = True
+    def refresh_statistics(self, on_done: Callable[[ChipbusError | None], None]) -> None:
+        """Ask the replicas for their statistics; ``on_done`` is called when ``replicas`` holds the answers."""
 
         def on_reply(reply: object) -> None:
             assert isinstance(reply, AllReplicaStatistics)
             self.replicas = reply.replicas
             self.reporter.saw_replicas(reply.replicas)
-            finish(None)
-
-        def finish(error: ChipbusError | None) -> None:
-            if on_done is None:
-                self._statistics_pending = False
-            else:
-                on_done(error)
+            on_done(None)
 
         self.ctx.ask(
-            SUPERVISOR, ReplicaStatisticsRequest(), timeout_s=STATISTICS_TIMEOUT_S, on_reply=on_reply, on_error=finish
+            SUPERVISOR, ReplicaStatisticsRequest(), timeout_s=STATISTICS_TIMEOUT_S, on_reply=on_reply, on_error=on_done
         )
+
+    def _look_again(self) -> None:
+        """A request has ended: refresh the statistics a little later, once for all that end until then."""
+        if not self._look_is_due:
+            self._look_is_due = True
+            self.ctx.after(LOOK_AGAIN_S, self._look)
+
+    def _look(self) -> None:
+        self._look_is_due = False
+        self.refresh_statistics(lambda _: None)
