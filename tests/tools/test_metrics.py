@@ -1,0 +1,250 @@
+"""What Prometheus gets: real scrapes of an engine whose replica is killed, read by Prometheus' own parser."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import attrs
+import httpx
+import pytest
+import yaml
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse
+from starlette.applications import Starlette
+
+from chipbus import AsyncEngine, SamplingParams
+from chipbus.actors.report import EngineReport
+from chipbus.errors import ChipbusError
+from chipbus.tools.metrics_page import page
+from chipbus.tools.serve import metric_table
+from chipbus.tools.serve.metric_table import HTTP_FAILURES, METRICS, PREFIX
+from chipbus.tools.serve.metrics import HttpFailures, families, routes
+
+SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+SHIPPED = Path(metric_table.__file__).parent
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+
+Sample = tuple[str, frozenset[tuple[str, str]]]
+
+
+@attrs.frozen
+class Scrapes:
+    """One engine, seen twice; between, a replica was killed."""
+
+    before: str
+    after: str
+    openmetrics: str
+    as_json: bytes
+    content_types: tuple[str, ...]
+    report: EngineReport
+    when_closed: tuple[int, ...]
+    request_ids: tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def scrapes(tmp_path_factory: pytest.TempPathFactory) -> Scrapes:
+    return asyncio.run(scrape(tmp_path_factory.mktemp("run") / "record"))
+
+
+async def scrape(record: Path) -> Scrapes:
+    failures = HttpFailures()
+    failures.add(401, "invalid_api_key")
+    failures.add(404, None)
+    async with AsyncEngine("demo", chip="null", data_parallel_size=2, record=record, log_level="error") as engine:
+        transport = httpx.ASGITransport(Starlette(routes=routes(engine, failures)))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            outputs = await engine.generate([[5 + n] for n in range(8)], SHORT)
+            with pytest.raises(ChipbusError):
+                await engine.generate("")
+            before = await client.get("/metrics")
+            os.kill(next(r.pid for r in engine.tree() if r.name == "replica.0"), signal.SIGKILL)
+            lives = 0
+            async with asyncio.timeout(20):
+                async for event in engine.events():
+                    lives += (event.kind, event.subject) == ("ready", "replica.0")
+                    if lives == 2:
+                        break
+            outputs += await engine.generate([[5 + n] for n in range(8)], SHORT)
+            after = await client.get("/metrics")
+            accept = {"accept": "application/openmetrics-text; version=1.0.0"}
+            openmetrics = await client.get("/metrics", headers=accept)
+            as_json = await client.get("/metrics.json")
+            report = await engine.report()
+            await engine.close()
+            closed = [await client.get(path) for path in ("/metrics", "/metrics.json")]
+    answers = (before, after, openmetrics, as_json)
+    assert [answer.status_code for answer in answers] == [200] * 4
+    return Scrapes(
+        before=before.text,
+        after=after.text,
+        openmetrics=openmetrics.text,
+        as_json=as_json.content,
+        content_types=tuple(answer.headers["content-type"] for answer in answers[1:]),
+        report=report,
+        when_closed=tuple(answer.status_code for answer in closed),
+        request_ids=tuple(output.request_id for output in outputs),
+    )
+
+
+def samples_of(text: str) -> dict[Sample, float]:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in parse(text)
+        for sample in family.samples
+    }
+
+
+def total(samples: dict[Sample, float], name: str, **labels: str) -> float:
+    wanted = set(labels.items())
+    return sum(value for (found, given), value in samples.items() if found == PREFIX + name and wanted <= given)
+
+
+@pytest.mark.guarantee("M20")
+def test_what_is_exposed_is_what_is_declared_and_documented(scrapes: Scrapes) -> None:
+    assert PAGE.read_text() == page() + "\n", "run: python -m chipbus.tools.metrics_page > docs/metrics.md"
+    declared = {metric.name: metric for metric in (*METRICS, HTTP_FAILURES)}
+    assert len(declared) == len(METRICS) + 1
+    found = {}
+    for family in parse(scrapes.after):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        found[name] = family
+        assert (family.type, family.documentation) == (declared[name].kind, declared[name].help)
+        for sample in family.samples:
+            assert set(sample.labels) - {"le"} == set(declared[name].labels), sample
+    assert found.keys() == declared.keys()
+    for name in declared:
+        assert f"| `{name}` |" in page()
+        if declared[name].group != "chips":
+            assert found[name].samples or name == "chipbus_bus_events_total", f"{name} has a value"
+    assert "{" not in page()
+
+
+@pytest.mark.guarantee("M21")
+def test_no_exposed_counter_goes_down_when_a_replica_is_killed(scrapes: Scrapes) -> None:
+    before, after = samples_of(scrapes.before), samples_of(scrapes.after)
+    counting = re.compile(r".*_(total|bucket|count|sum)$")
+    fell = {key: (value, after.get(key)) for key, value in before.items()
+            if counting.match(key[0]) and not after.get(key, -1.0) >= value}  # fmt: skip
+
+    assert fell == {}
+    assert total(after, "worker_incarnation", worker="replica.0") == 2
+    for name in ("steps_total", "sampled_tokens_total", "prefill_tokens_total"):
+        assert total(after, name) > total(before, name) > 0, name
+    assert total(after, "request_success_total", finished_reason="length") == 16
+    assert total(after, "request_failure_total", code="RequestInvalid") == 1
+    assert (total(before, "generation_tokens_total"), total(after, "generation_tokens_total")) == (48, 96)
+    assert total(after, "worker_restarts_total", worker="replica.0", reason="SIGKILL") == 1
+    assert total(after, "reaped_children_total") == 2, "the core, and its chip with it"
+    assert total(after, "ready") == 1
+    assert total(after, "http_failures_total", status="401", code="invalid_api_key") == 1
+    assert total(after, "ledger_bytes_total", actor="router") > 0
+
+
+@pytest.mark.guarantee("M22")
+def test_no_label_is_the_id_of_a_request(scrapes: Scrapes) -> None:
+    values = {value for _, labels in samples_of(scrapes.after) for _, value in labels}
+
+    assert len(scrapes.request_ids) == 16
+    assert not values & set(scrapes.request_ids)
+    assert all(metric.labels == () or "request" not in " ".join(metric.labels) for metric in METRICS)
+
+
+def test_a_histogram_counts_up_to_all_its_observations(scrapes: Scrapes) -> None:
+    samples = samples_of(scrapes.after)
+    for metric in METRICS:
+        if metric.kind != "histogram":
+            continue
+        buckets = sorted(
+            (float(dict(labels)["le"]), value)
+            for (name, labels), value in samples.items()
+            if name == f"{metric.name}_bucket"
+        )
+        values = [value for _, value in buckets]
+        assert values == sorted(values)
+        assert buckets[-1][0] == float("inf")
+        name = metric.name.removeprefix(PREFIX)
+        assert values[-1] == total(samples, f"{name}_count")
+        assert values[-1] == (16 if "inter_token" not in name else sum(scrapes.report.latencies.inter_token.counts))
+
+
+def test_other_formats_say_the_same(scrapes: Scrapes) -> None:
+    plain, openmetrics, as_json = scrapes.content_types
+    assert plain.startswith("text/plain; version=0.0.4")
+    assert openmetrics.startswith("application/openmetrics-text")
+    assert as_json == "application/json"
+    names = {sample.name for family in parse_openmetrics(scrapes.openmetrics) for sample in family.samples}
+    assert names == {name for name, _ in samples_of(scrapes.after)}
+    told = json.loads(scrapes.as_json)
+    assert told["schema"] == 1
+    assert told["finished"] == {"length": 16}
+
+
+def test_a_closed_engine_answers_that_it_is_not_there(scrapes: Scrapes) -> None:
+    assert scrapes.when_closed == (503, 503)
+
+
+def test_a_model_of_a_directory_is_labelled_by_its_last_part(scrapes: Scrapes) -> None:
+    report = attrs.evolve(scrapes.report, model="/srv/models/Qwen3-0.6B/")
+
+    [ready] = [family for family in families(report) if family.name == "chipbus_ready"]
+    assert ready.samples[0].labels == {"model": "Qwen3-0.6B"}
+
+
+def promql_names(expression: str) -> set[str]:
+    return set(re.findall(r"\bchipbus_\w+", expression))
+
+
+def exposed_names(scrapes: Scrapes) -> set[str]:
+    empty = {metric.name for metric in (*METRICS, HTTP_FAILURES) if metric.kind != "histogram"}
+    return {name for name, _ in samples_of(scrapes.after)} | empty
+
+
+@pytest.mark.guarantee("M23")
+def test_dashboard_and_alerts_ask_only_for_what_is_exposed(scrapes: Scrapes) -> None:
+    dashboard = json.loads((SHIPPED / "grafana.json").read_text())
+    rules = [
+        rule for group in yaml.safe_load((SHIPPED / "alerts.yml").read_text())["groups"] for rule in group["rules"]
+    ]
+    asked = {target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())}
+    asked |= {rule["expr"] for rule in rules}
+    asked.add(dashboard["templating"]["list"][1]["query"]["query"])
+    labels = {metric.name: {*metric.labels, "le", "instance", "job"} for metric in (*METRICS, HTTP_FAILURES)}
+
+    for expression in asked:
+        names = promql_names(expression)
+        assert names, expression
+        assert names <= exposed_names(scrapes), expression
+        families_asked = {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
+        known = set.intersection(*(labels[name] for name in families_asked)) if len(families_asked) == 1 else None
+        for grouping in re.findall(r"\bby \(([^)]*)\)", expression):
+            assert known is None or set(re.split(r",\s*", grouping)) <= known, expression
+        assert expression.count("(") == expression.count(")")
+    assert len(asked) > 40
+
+
+def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
+    panels = json.loads((SHIPPED / "grafana.json").read_text())["panels"]
+    cells = [
+        (x, y)
+        for panel in panels
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_every_alert_says_where_and_how_urgent() -> None:
+    [group] = yaml.safe_load((SHIPPED / "alerts.yml").read_text())["groups"]
+
+    assert len({rule["alert"] for rule in group["rules"]}) == len(group["rules"]) == 8
+    for rule in group["rules"]:
+        assert "{{ $labels.instance }}" in rule["annotations"]["summary"]
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert re.fullmatch(r"\d+[sm]", rule.get("for", "0s"))
