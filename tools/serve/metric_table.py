@@ -23,12 +23,16 @@ Samples = Iterable[tuple[tuple[str, ...], float | Histogram]]
 """Label values, in the order of the metric's labels, and what was measured."""
 
 
+def _prefixed(name: str) -> str:
+    return PREFIX + name
+
+
 @attrs.frozen(kw_only=True)
 class Metric:
     """One family. ``name`` is whole, with the prefix, and ends in ``_total`` exactly if it is a counter."""
 
     group: str
-    name: str = attrs.field(converter=lambda name: PREFIX + name)
+    name: str = attrs.field(converter=_prefixed)
     kind: str  # gauge | counter | histogram
     labels: tuple[str, ...]
     help: str
