@@ -143,7 +143,7 @@ def hand_made_report(evil: str = "") -> EngineReport:
         ProcessReport(_record("replica.0", "replica", "supervisor"), _node(is_busy=True)),
         ProcessReport(_record("chip.0.0", "chip", "replica.0"), _node()),
         ProcessReport(_record(f"replica.1{evil}", "replica", "supervisor", state="backoff", pid=0), None),
-        ProcessReport(_record("chip.1.0", "chip", f"replica.1{evil}"), None),
+        ProcessReport(_record("chip.1.0", "chip", f"replica.1{evil}", state="backoff", pid=0), None),
     )
     programs = (ProgramStatistics("prefill", 12, 4096, 2 * 10**9), ProgramStatistics(f"decode{evil}", 9, 99, 10**9))
     replica = ReplicaStatistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
+import msgspec
 import pytest
 from page_site import Site, hand_made_report
 from selenium import webdriver
@@ -18,6 +21,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from chipbus import AsyncEngine, SamplingParams
+from chipbus.actors.messages.tree import ProcessReport, ProgramStatistics
+from chipbus.actors.report import EngineReport
 from chipbus.tools.serve.page import embedded_page, live_page
 from support import eventually, our_processes, run_directories
 
@@ -189,7 +194,8 @@ def test_a_page_that_hears_nothing_greys_out_and_says_so(site: Site, page: Page)
 @pytest.mark.guarantee("Y5")
 def test_nothing_comes_from_anywhere_but_the_server_itself(site: Site, page: Page) -> None:
     assert len(live_page().encode()) < 150_000
-    assert re.findall(r"(?:https?:)?//[\w.]+", re.sub(r"// .*", "", live_page())) == ["http://www.w3.org"]  # SVG's name
+    named = set(re.findall(r"(?:https?:)?//[\w.]+", re.sub(r"// .*", "", live_page())))
+    assert named == {"http://www.w3.org"}  # the names of HTML and SVG elements, which nobody fetches
     page.open(site.url)
     page.shows("READY", "#readiness")
     page.click("#processes button")
@@ -225,6 +231,54 @@ def test_percentiles_are_of_the_window_and_say_of_how_many(page: Page, tmp_path:
     assert "3 running 1 waiting 4 refused" in page.text("#load")
     assert "38 used · 40 cached · 50 empty of 128 pages" in page.text("#pages")
     assert "50 % of 4,096 prompt tokens found in the prefix cache · 1 preemption" in page.text("#pages")
+
+
+def strip(page: Page, chip: str, *reports: EngineReport) -> str:
+    """What is said of a chip's last ten seconds after those reports."""
+    given = json.loads(msgspec.json.encode(reports))
+    script = "seen.samples = []; arguments[0].forEach(take); return strip(arguments[1]).text"
+    return " ".join(page.js(script, given, chip).split())
+
+
+@pytest.mark.guarantee("Y16")
+def test_prefill_decode_idle_down_and_unknown_are_told_apart(page: Page, tmp_path: Path) -> None:
+    page.open(write(tmp_path / "one.html", embedded_page(hand_made_report(), "Recorded.")))
+
+    def after(age_s: float, prefill_s: float, decode_s: float, **chip: Any) -> EngineReport:
+        report = hand_made_report()
+        nodes = [attrs.evolve(process.node, age_s=age_s) if process.node else None for process in report.processes]
+        records = [
+            attrs.evolve(process.record, **(chip if process.record.name == "chip.0.0" else {}))
+            for process in report.processes
+        ]
+        times = {"prefill": prefill_s, "decode": decode_s, "lm_head": 1.0}
+        programs = tuple(ProgramStatistics(name, 1, 1, int(1e9 * time_s)) for name, time_s in times.items())
+        return attrs.evolve(
+            report,
+            processes=tuple(ProcessReport(*pair) for pair in zip(records, nodes, strict=True)),
+            replicas=(attrs.evolve(report.replicas[0], programs=programs),),
+        )
+
+    first = after(100.0, 1.0, 5.0)
+    second = after(102.0, 1.2, 6.0)
+    assert strip(page, "chip.0.0", first) == "the second report is still to come"
+    assert strip(page, "chip.0.0", first, second) == "last 2 s: prefill 10 % · decode 50 % · other 0 % · idle 40 %"
+    assert (
+        strip(page, "chip.1.0", first, second)
+        == "last 2 s: prefill 0 % · decode 0 % · other 0 % · idle 0 % · down 100 %"
+    )
+    reborn = after(104.0, 1.2, 6.0, incarnation=2)
+    assert "idle 20 % · down 50 %" in strip(page, "chip.0.0", first, second, reborn)
+    assert "idle 0 % · not known 100 %" in strip(page, "chip.0.0", first, after(110.0, 1.2, 6.0))  # nobody looked
+    silent = [
+        process if process.record.kind != "chip" else attrs.evolve(process, node=None) for process in second.processes
+    ]
+    unheard = attrs.evolve(second, processes=tuple(silent))
+    assert "idle 0 % · not known 100 %" in strip(page, "chip.0.0", first, unheard)
+    assert "last 10 s: " in strip(page, "chip.0.0", *(after(100.0 + i, 1.0, 5.0) for i in range(20)))
+    untold = attrs.evolve(second, replicas=(attrs.evolve(second.replicas[0], programs=(), device_ns=0),))
+    later = attrs.evolve(after(104.0, 0, 0), replicas=(attrs.evolve(untold.replicas[0], device_ns=10**9),))
+    assert strip(page, "chip.0.0", untold, later) == "last 2 s: busy 50 % · idle 50 %"
 
 
 @pytest.mark.guarantee("Y8")

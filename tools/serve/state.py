@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 from starlette.requests import Request
@@ -54,16 +54,17 @@ def _policy() -> str:
 def _number(event_id: str, run: str) -> int:
     """The event that was heard last; 0 if the id is of another run, or none of ours."""
     of_run, _, number = event_id.partition(".")
-    return int(number) if of_run == run and number.isascii() and number.isdecimal() else 0
+    is_ours = of_run == run and number.isascii() and number.isdecimal() and len(number) < 19
+    return int(number) if is_ours else 0
 
 
-async def _sent(events: AsyncIterator[Event], run: str) -> AsyncIterator[bytes]:
+async def _sent(events: AsyncGenerator[Event, None], run: str) -> AsyncGenerator[bytes, None]:
     """Server-sent events, and comments while there are none, until the engine's events end or the reader leaves."""
-    yield b": events of this engine, oldest first\n\n"
     arriving: asyncio.Task[Event] | None = None
     try:
+        yield b": events of this engine, oldest first\n\n"
         while True:
-            arriving = arriving or asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
+            arriving = arriving or asyncio.ensure_future(anext(events))
             await asyncio.wait([arriving], timeout=KEEP_ALIVE_S)
             if not arriving.done():
                 yield b": nothing new\n\n"
@@ -79,3 +80,4 @@ async def _sent(events: AsyncIterator[Event], run: str) -> AsyncIterator[bytes]:
             arriving.cancel()
             with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
                 await arriving
+        await events.aclose()
