@@ -82,7 +82,7 @@ class _Serving:
 
     async def run(self) -> None:
         """From start to end."""
-        from . import state
+        from . import metrics, state
         from .app import make_app
         from .connections import HttpServer
         from .service import Service
@@ -95,7 +95,7 @@ class _Serving:
         name = settings.served_model_name or engine.plan.model_dir.name
         self._introduce(engine)
         service = Service(engine, name, settings.max_body_bytes)
-        http = HttpServer(make_app(service, settings.api_key, state.routes(engine)))
+        http = HttpServer(make_app(service, settings.api_key, [*state.routes(engine), *metrics.routes(engine)]))
         serving = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         try:
             began_s = time.monotonic()
@@ -154,9 +154,7 @@ class _Serving:
         self._view.say(f"ready in {seconds:.1f} s, as model {name!r}; Ctrl-C ends it")
         self._view.result(f"{url_of(self._listener)}/v1")
 
-    async def _serve_until_stopped(
-        self, engine: AsyncEngine, service: Service, serving: asyncio.Future[None]
-    ) -> None:
+    async def _serve_until_stopped(self, engine: AsyncEngine, service: Service, serving: asyncio.Future[None]) -> None:
         """Until a signal comes or the engine dies; one line every ten seconds if there was work."""
         said_s, served, tokens = time.monotonic(), 0, 0
         while not self._stop.is_set() and engine.death is None and not serving.done():
