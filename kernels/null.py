@@ -328,7 +328,7 @@ class _Run:
 def _forward(run: _Run, plan: RowPlan) -> tuple[float, float]:
     """Check that each row continues what its pages hold, then leave marks of its tokens. Returns bytes and flop."""
     page_size, tables = run.static["page_size"], plan.tables.astype(np.int64)
-    powers = np.cumprod(np.full(max(plan.ends), _WEIGHT, np.uint64))
+    powers = np.cumprod(np.full(max(plan.ends), _WEIGHT, np.uint64), dtype=np.uint64)
     k_cache, v_cache, hidden = run.slots("k_cache"), run.slots("v_cache"), run.rows("hidden")
     starts, ends, offsets = np.array(plan.starts), np.array(plan.ends), np.array(plan.offsets)
 

@@ -9,6 +9,7 @@ answers with the seconds it took and the tokens it generated.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -19,9 +20,7 @@ from typing import Any
 def main() -> int:
     """Serve stdin until it ends."""
     try:
-        import numpy as np
-        import openvino as ov
-        import openvino_genai as genai
+        np, ov, genai = map(importlib.import_module, ("numpy", "openvino", "openvino_genai"))
     except ImportError as error:
         print(f"missing {error}", flush=True)
         return 1
