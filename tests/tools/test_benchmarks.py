@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from chipbus.errors import WorkerError
 from chipbus.tools import benchmarks, bus_bench, console, lives_bench
 from chipbus.tools.bench_figures import as_table, at_least, at_most, compared
 from chipbus.tools.run_commands import bus_run
+from chipbus.tools.serve.load import run_load
 from support import our_processes
 
 DEMO = Path(__file__).resolve().parents[2] / "chipbus" / "demo"
@@ -145,3 +149,40 @@ def test_a_command_that_fails_while_it_is_timed_is_told_with_its_words(
 
     assert run("start", "--rounds", "1") == 1
     assert "bus-run: -c pass ended with exit code 1: it said nothing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_is_measured_in_process_and_over_http_beside_the_least_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, file = our_processes(), tmp_path / "figures.json"
+
+    assert run("serve", "--rounds", "1", "--requests", "32", "--json", str(file)) == 0
+
+    assert capsys.readouterr().out.startswith(benchmarks.machine())
+    rows = json.loads(file.read_bytes())["rows"]
+    assert [(row["figure"].partition(",")[0], row["system"]) for row in rows] == [
+        ("requests in process", "chipbus"),
+        ("requests over HTTP", "chipbus"),
+        ("requests over HTTP", "starlette alone"),
+        ("first token over HTTP", "chipbus"),
+        ("of it not the chip's", "chipbus"),
+    ]
+    assert all(len(row["values"]) == 1 and row["values"][0] > 0 for row in rows)
+    assert our_processes() <= before
+
+
+def test_a_server_that_refuses_or_breaks_off_is_no_figure() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        for said in (b"HTTP/1.1 404 Not Found\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\ndata: {}\n\n", b""):
+
+            def answer(said: bytes = said) -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(said)
+
+            answered = pool.submit(answer)
+            with pytest.raises(WorkerError, match="its last words: " + (said[:12].decode() or "nothing")):
+                run_load(listener.getsockname(), "/v1/completions", [b"{}"], 1)
+            answered.result(10)
