@@ -215,6 +215,11 @@ class AsyncEngine:
         return await asyncio.to_thread(lambda: self._runtime.drain(replica, timeout_s, stays_down=stays_down))
 
     @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """See ``Engine.generation_defaults``; there before the start, too."""
+        return self._plan.generation_defaults
+
+    @property
     def run_dir(self) -> str:
         """See ``Engine.run_dir``."""
         return str(self._runtime.processes.run_dir)

@@ -219,6 +219,11 @@ class Engine:
         return self._runtime.drain(replica, timeout_s, stays_down=stays_down)
 
     @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """Fields of ``SamplingParams`` that the model's generation_config.json states; the engine does not use them."""
+        return self._runtime.plan.generation_defaults
+
+    @property
     def run_dir(self) -> str:
         """Where its sockets are, for ``bus-run top``; gone when the engine is closed."""
         return str(self._runtime.processes.run_dir)

@@ -6,8 +6,10 @@ Owns: nothing; values only. Reads the model directory's headers and how much mem
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import attrs
 import msgspec
@@ -19,6 +21,7 @@ from ..kernels.qwen3.step import Limits
 from ..topology import ChipPlace, ReplicaPlace, Topology
 from .boot import REST_FOR_ONE, ROUTER, TOKENIZER, Boot, ChildSpec
 from .config import EngineConfig
+from .generation import generation_defaults
 
 __all__ = ["DEMO_MODEL", "EnginePlan", "model_directory", "plan_engine"]
 
@@ -38,6 +41,8 @@ class EnginePlan:
     """Of each replica."""
     threads: int
     """Compute threads of each chip."""
+    generation_defaults: Mapping[str, Any]
+    """Fields of ``SamplingParams`` that the model's author suggests."""
 
     @property
     def max_model_len(self) -> int:
@@ -184,6 +189,7 @@ def plan_engine(config: EngineConfig, topology: Topology | None = None) -> Engin
         topology=topology,
         limits=limits,
         threads=config.threads or max(1, cores // len(topology.chips)),
+        generation_defaults=generation_defaults(model_dir),
     )
 
 

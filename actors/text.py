@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import attrs
 import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders
 
 from ..errors import CheckpointError, RequestInvalid
+from .chat_template import ChatTemplate
 from .messages.serving import ChatTurn
 
 __all__ = ["Detokenizer", "StopScanner", "TextModel"]
@@ -60,24 +58,46 @@ class _WindowDetokenizer:
     """For every other tokenizer: decodes a short window of tokens again and takes what is new.
 
     The window reaches back to the last but one place where the text was complete, because a token's text can depend on
-    the token before it (a leading space). A character spread over byte tokens shows as U+FFFD until it is complete;
-    after ``_LONGEST`` tokens (a character has at most four bytes) U+FFFD is what the model said, and is given out.
+    the token before it (a leading space). Special tokens and ids without a token are no part of any text, so they never
+    come into it. A character spread over byte tokens is held back until its last byte, or one that cannot be its next.
+    Where a decoder has no byte tokens a text that ends in U+FFFD may be such a character; after ``_LONGEST`` tokens (a
+    character has at most four bytes) U+FFFD is what the model said, and is given out.
     """
 
     _LONGEST = 4
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], token_of: Callable[[int], str | None], *, has_byte_tokens: bool
+    ) -> None:
         self._decode = decode
+        self._token_of = token_of
         self._window: list[int] = []
         self._context = 0  # tokens of the window that are given out already
         self._given = ""  # their text, as the window alone decodes it
+        self._bytes = codecs.getincrementaldecoder("utf-8")() if has_byte_tokens else None
 
     def add(self, token_id: int) -> str:
+        token = self._token_of(token_id)
+        if token is None:
+            return ""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._window) - self._context < self._LONGEST:
-            return ""
-        return self._give(text)
+        return "" if self._is_cut(token, text) else self._give(text)
+
+    def _is_cut(self, token: str, text: str) -> bool:
+        """Whether the window ends inside a character."""
+        if self._bytes is None:
+            may_be = text.endswith("\N{REPLACEMENT CHARACTER}")
+            return may_be and len(self._window) - self._context < self._LONGEST
+        byte = _BYTE_TOKEN.fullmatch(token)
+        if byte is None:
+            self._bytes.reset()
+            return False
+        try:
+            self._bytes.decode(bytes.fromhex(byte[1]))
+        except UnicodeDecodeError:
+            self._bytes.reset()
+        return self._bytes.getstate()[0] != b""
 
     def flush(self) -> str:
         return self._give(self._decode(self._window))
@@ -155,14 +175,6 @@ def _borders(pattern: str) -> list[int]:
     return borders
 
 
-@attrs.frozen
-class _Chat:
-    """A chat template and the variables it may use besides the conversation."""
-
-    template: jinja2.Template
-    special_tokens: dict[str, str]
-
-
 class TextModel:
     """Everything textual of a Hugging Face model directory: ``tokenizer.json``, special tokens, chat template."""
 
@@ -205,11 +217,8 @@ class TextModel:
             raise RequestInvalid(
                 f"model {self._name} has no chat template (tokenizer_config.json or chat_template.jinja); use a prompt"
             )
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            return self._chat.template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._chat.special_tokens
-            )
+            return self._chat.render([{"role": turn.role, "content": turn.content} for turn in turns])
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise RequestInvalid(f"the chat template of model {self._name} failed: {error}") from error
 
@@ -239,7 +248,7 @@ class TextModel:
             return self._bytes_of(token_id)
         byte = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
         if byte is not None:
-            return bytes([int(byte[1], 16)])
+            return bytes.fromhex(byte[1])
         before = self._tokenizer.encode("a", add_special_tokens=False).ids  # at the start of a text spaces may be cut
         alone, context = self.decode([token_id]), self.decode(before)
         behind = self.decode([*before, token_id])
@@ -249,7 +258,11 @@ class TextModel:
         """A fresh incremental decoder for one request's generated ids."""
         if self._is_byte_level:
             return _ByteDetokenizer(self._bytes_of)
-        return _WindowDetokenizer(lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)))
+        return _WindowDetokenizer(
+            lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+            self._token_of,
+            has_byte_tokens=self._has_byte_tokens,
+        )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -258,11 +271,15 @@ class TextModel:
             raise RequestInvalid(f"the prompt is not valid Unicode at character {error.start}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def _token_of(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it; None if it is special, or there is none."""
+        return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+
     def _bytes_of(self, token_id: int) -> bytes:
         """The bytes one token stands for; none for special and unknown tokens."""
         known = self._token_bytes.get(token_id)
         if known is None:
-            token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+            token = self._token_of(token_id)
             known = self._token_bytes[token_id] = _byte_level(token) if token else b""
         return known
 
@@ -291,7 +308,7 @@ def _byte_level(token: str) -> bytes:
         return token.encode()
 
 
-def _load_chat(directory: Path) -> _Chat | None:
+def _load_chat(directory: Path) -> ChatTemplate | None:
     """The chat template: ``chat_template.jinja`` if there is one, else the field of ``tokenizer_config.json``."""
     path = directory / "tokenizer_config.json"
     config: Any = {}
@@ -315,31 +332,17 @@ def _load_chat(directory: Path) -> _Chat | None:
             raise CheckpointError(f"chat template {path} cannot be read: {_reason(error)}") from error
     if source is None:
         return None
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    try:
-        template = environment.from_string(source)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise CheckpointError(f"the chat template in {path} is not a template: {error}") from error
+    if not isinstance(source, str):
+        raise CheckpointError(f"the chat template in {path} is not a template: it is {source!r}")
     special = {}
     for name, value in config.items():
         token = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(token, str):
             special[name] = token
-    return _Chat(template, special)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Jinja's own filter escapes HTML; templates expect plain JSON."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    """What templates call to refuse a conversation."""
-    raise jinja2.TemplateError(message)
+    try:
+        return ChatTemplate(source, special)
+    except jinja2.TemplateError as error:
+        raise CheckpointError(f"the chat template in {path} is not a template: {error}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -72,10 +72,12 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{directory} lacks {shard}, which {index.name} names; the download may be incomplete"
             )
-        stored = _read_header(directory / shard)
-        tensors |= {name: tensor for name, tensor in stored.items() if weight_map.get(name) == shard}
+        for name, tensor in _read_header(directory / shard).items():
+            if name in tensors:
+                raise CheckpointError(f"{tensors[name].file} and {shard} both hold the tensor {name}; one of them may")
+            tensors[name] = tensor
     for name, shard in weight_map.items():
-        if name not in tensors:
+        if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointError(f"{directory / shard} lacks the tensor {name}, which {index.name} places there")
     return tensors
 
@@ -105,6 +107,14 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     needed = max((tensor.end for tensor in tensors.values()), default=8 + length)
     if needed > size:
         raise CheckpointError(f"{path} is {size} bytes long but its header describes {needed}; the file is cut off")
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != end:  # the format allows neither, so that no byte means two things
+            how = (
+                "overlaps the tensor before it" if tensor.begin < end else "leaves bytes before it that no tensor owns"
+            )
+            raise CheckpointError(f"{path}: tensor {tensor.name} begins at byte {tensor.begin}, not {end}: it {how}")
+        end = tensor.end
     return tensors
 
 

@@ -12,6 +12,7 @@ from small_tokenizers import CHAT_TEMPLATE, SPECIAL, TEXTS, byte_fallback_direct
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from chipbus.actors import chat_template
 from chipbus.actors.messages.serving import ChatTurn
 from chipbus.actors.text import StopScanner, TextModel
 from chipbus.errors import CheckpointError, RequestInvalid
@@ -72,6 +73,33 @@ def test_any_ids_whatever_give_the_text_of_decoding_them_at_once(models, directo
     reference = Tokenizer.from_file(str(directories["byte-level"] / "tokenizer.json"))
     ids = data.draw(st.lists(st.integers(0, reference.get_vocab_size() + 5), max_size=60))
     assert "".join(pieces(models["byte-level"], ids)) == reference.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.guarantee("X8")
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\0",
+        "a\0\0b",
+        "user says <|im_end|> and <|endoftext|><|im_start|>",
+        "<tool_call><tool_call>two words  two wordstwo",
+        "\ufeff\u200b\u202e\ufffd\U0010ffff",
+        "\r\n\t\x85\u2028",
+        "naïve 日本 👩\u200d👧 " * 1500,
+    ],
+    ids=range(8),
+)
+def test_odd_texts_are_encoded_and_decoded_as_in_transformers(models, references, kind, text):
+    model, reference = models[kind], references[kind]
+    ids = reference(text).input_ids
+    assert model.encode(text) == ids
+    assert model.decode(ids) == reference.decode(ids, skip_special_tokens=False)
+    assert "".join(pieces(model, ids)) == reference.decode(ids, skip_special_tokens=True)
+    beyond = len(reference) + 1000
+    assert "".join(pieces(model, [beyond, *ids, beyond])) == "".join(pieces(model, ids))
+    assert model.decode([beyond, *ids, beyond]) == model.decode(ids)
 
 
 def test_special_tokens_are_no_text_and_added_tokens_are(models):
@@ -202,6 +230,59 @@ def test_a_template_runs_in_a_sandbox(tmp_path, template):
     model = TextModel(with_template(tmp_path, template))
     with pytest.raises(RequestInvalid, match="failed"):
         model.render([ChatTurn("user", "hi")])
+
+
+@pytest.mark.guarantee("X6")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}",
+        "{{ strftime_now('%Y') }} {{ messages | tojson(indent=2, sort_keys=True) }}",
+        "{{ messages | tojson(separators=(',', ':'), ensure_ascii=True) }}",
+        "{% if tools %}tools{% elif tools is none %}no tools{% endif %}{{ documents }}{{ undefined }}",
+        "{{ bos_token }}{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m['content'] }}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}",
+        "{% macro a() %}{{ caller() }}{% endmacro %}{% for m in messages %}\n {%- call a() %}x{% endcall %}{% endfor %}",
+        "{{ 'é' + messages[0].content + dict(a=1).a | string }}{% if add_generation_prompt %}go{% endif %}",
+    ],
+)
+def test_whatever_templates_use_renders_as_in_transformers(tmp_path, template):
+    model = TextModel(with_template(tmp_path, template))
+    reference = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|im_start|>", chat_template=template
+    )
+    messages = [{"role": "user", "content": "hé <b>"}, {"role": "assistant", "content": "a 'b'"}]
+    expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert model.render([ChatTurn(**message) for message in messages]) == expected
+
+
+@pytest.mark.guarantee("X7")
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "more than 20000 steps"),
+        ("{% set r = range(9999) %}{% for i in r %}{% for j in r %}{{ i }}{% endfor %}{% endfor %}", "20000 steps"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "more than 20000 steps",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        (
+            "{% set big = 'x' * 9999 %}{% for i in range(9999) %}{{ big }}{% endfor %}",
+            "wrote more than 1000000 characters",
+        ),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+    ],
+)
+def test_a_template_without_end_is_ended_and_the_next_conversation_is_rendered(tmp_path, monkeypatch, template, says):
+    assert (chat_template.MAX_STEPS, chat_template.MAX_CHARACTERS) == (1_000_000, 1 << 26)
+    monkeypatch.setattr(chat_template, "MAX_STEPS", 20_000)
+    monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 1_000_000)
+    model = TextModel(with_template(tmp_path, "{% if messages[1] %}fine{% else %}" + template + "{% endif %}"))
+    for _ in range(2):
+        with pytest.raises(RequestInvalid, match=says):
+            model.render([ChatTurn("user", "hi")])
+        assert model.render([ChatTurn("user", "hi"), ChatTurn("user", "hi")]) == "fine"
 
 
 def with_template(directory: Path, template: object) -> Path:

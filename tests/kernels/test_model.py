@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import attrs
 import pytest
 
 from chipbus.errors import CheckpointError
+from chipbus.kernels.checkpoint import read_tensors
 from chipbus.kernels.qwen3.model import ModelSpec
 
 
@@ -43,6 +45,18 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(header)
     written = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(written)) + written + raw[8 + length :])
+
+
+def append(path: Path, name: str, shape: list[int]) -> None:
+    """One more tensor of float32 zeros at the end of a safetensors file."""
+
+    def add(header: dict[str, Any]) -> None:
+        end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * math.prod(shape)]}
+
+    edit_header(path, add)
+    with path.open("ab") as file:
+        file.write(bytes(4 * math.prod(shape)))
 
 
 def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
@@ -109,13 +123,8 @@ def test_head_dim_is_taken_from_the_tensors_if_config_is_silent(copy: Callable[[
 
 def test_a_tied_checkpoint_may_repeat_its_head_and_rotary_tables(copy: Callable[[str], Path]) -> None:
     path = copy("tied")
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-
-    def add(header: dict[str, Any]) -> None:
-        header["lm_head.weight"] = dict(header["model.embed_tokens.weight"])
-        header[name] = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
-
-    edit_header(path / "model.safetensors", add)
+    append(path / "model.safetensors", "lm_head.weight", [515, 64])
+    append(path / "model.safetensors", "model.layers.0.self_attn.rotary_emb.inv_freq", [16])
     assert ModelSpec.from_directory(path).tie_word_embeddings
 
 
@@ -176,7 +185,10 @@ HEADER_ERRORS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (set_entry("model.norm.weight", dtype="F8_E4M3"), "model.norm.weight is stored as F8_E4M3; supported are BF16"),
     (set_entry("model.norm.weight", shape=[63]), "needs 252 bytes; the header gives it 256"),
     (set_entry("model.norm.weight", shape=[8, 8]), "has shape [8, 8]; config.json asks for [64]"),
-    (lambda header: header.update(extra=dict(header["model.norm.weight"])), "tensor extra of shape [64] is no part of"),
+    (lambda header: header.update(extra=dict(header["model.norm.weight"])), "overlaps the tensor before it"),
+    (lambda header: header.update(extra={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
+        "tensor extra of shape [0] is no part of"),
+    (lambda header: header.pop("model.layers.0.mlp.up_proj.weight"), "leaves bytes before it that no tensor owns"),
     (set_entry("model.norm.weight", data_offsets=[10**9, 10**9 + 256]), "bytes long but its header describes 1000"),
 ]  # fmt: skip
 
@@ -257,6 +269,31 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(copy: Callable[[str]
     edit(index, weight_map=weight_map)
     (path / shards[-1]).unlink()
     assert f"lacks {shards[-1]}, which model.safetensors.index.json names" in refused()
+
+
+@pytest.mark.guarantee("X5")
+def test_a_tensor_is_in_the_one_shard_that_the_index_names(copy: Callable[[str], Path]) -> None:
+    path = copy("untied-sharded-odd-vocabulary")
+    whole = ModelSpec.from_directory(path)
+    index = path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    assert len(shards) > 2
+
+    edit(index, weight_map={name: shard for name, shard in weight_map.items() if name != "model.norm.weight"})
+    assert ModelSpec.from_directory(path) == whole, "as transformers, which reads whatever its shards hold"
+
+    edit(index, weight_map={**weight_map, "model.phantom.weight": shards[0]})
+    with pytest.raises(
+        CheckpointError, match=rf"{shards[0]} lacks the tensor model.phantom.weight, which model.*index"
+    ):
+        ModelSpec.from_directory(path)
+
+    edit(index, weight_map=weight_map)
+    double = next(name for name, shard in weight_map.items() if shard == shards[1])
+    append(path / shards[0], double, list(read_tensors(path)[double].shape))
+    with pytest.raises(CheckpointError, match=rf"{shards[0]} and {shards[1]} both hold the tensor {double}"):
+        ModelSpec.from_directory(path)
 
 
 def test_wrong_end_ids_and_dtypes_are_refused(copy: Callable[[str], Path]) -> None:

@@ -1,0 +1,109 @@
+"""A model's chat template: a program of the model's author, run in a sandbox and never for ever.
+
+Owns: the steps of the rendering under way. What templates may use is what transformers gives them: ``tojson``,
+``raise_exception``, ``strftime_now``, ``{% generation %}``, ``{% break %}``; no attribute of Python's own is reachable
+and nothing given to a template can be changed by it.
+
+What bounds a rendering: ``MAX_STEPS`` turns of loops and calls of macros, ``MAX_CHARACTERS`` of text, and the sandbox's
+own limit of 100,000 numbers in a range. A template that makes one huge string in one expression is not kept from it;
+the memory is the tokenizer process's, and its supervisor replaces it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+__all__ = ["ChatTemplate"]
+
+MAX_STEPS = 1_000_000
+MAX_CHARACTERS = 1 << 26
+
+
+class ChatTemplate:
+    """One template, compiled."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """``special_tokens``: ``bos_token``, … as the template may name them. Raises ``jinja2.TemplateError``."""
+        self._environment = _Environment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        self._template = self._environment.from_string(source)
+        self._special_tokens = special_tokens
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation, ready for the model's next turn, without tools. Raises whatever the template raises."""
+        self._environment.steps = 0
+        pieces, length = [], 0
+        for piece in self._template.generate(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+        ):
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_CHARACTERS:
+                raise jinja2.TemplateRuntimeError(f"it wrote more than {MAX_CHARACTERS} characters")
+        return "".join(pieces)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with what templates expect of it, and a step counted wherever one could go round and round."""
+
+    steps = 0
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters["tojson"] = _to_json
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    def _generate(self, source: nodes.Template, *rest: Any, **more: Any) -> str:
+        for statement in list(source.find_all(nodes.Stmt)):
+            if isinstance(statement, nodes.For | nodes.Macro | nodes.CallBlock):
+                step = nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None)
+                statement.body.insert(0, nodes.ExprStmt(step, lineno=statement.lineno))
+        return super()._generate(source, *rest, **more)
+
+    def count_step(self) -> None:
+        """Called by the compiled template at the begin of each turn of a loop and of each macro."""
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise jinja2.TemplateRuntimeError(f"it took more than {MAX_STEPS} steps")
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %} … {% endgeneration %}`` marks what an assistant said, for training; here it is just text."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML; templates expect plain JSON."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    """What templates call to refuse a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    """Local time, as templates write it into system messages."""
+    return datetime.now().strftime(form)
