@@ -5,8 +5,8 @@ Owns: the steps of the rendering under way. What templates may use is what trans
 and nothing given to a template can be changed by it.
 
 What bounds a rendering: ``MAX_STEPS`` turns of loops and calls of macros, ``MAX_CHARACTERS`` of text, and the sandbox's
-own limit of 100,000 numbers in a range. A template that makes one huge string in one expression is not kept from it;
-the memory is the tokenizer process's, and its supervisor replaces it.
+own limit of 100,000 numbers in a range. A single step may still take long or make a huge string; for that there is the
+supervisor, which replaces a tokenizer that is stuck or dead, and the limit on how often a request may cost one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 __all__ = ["ChatTemplate"]
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 100_000  # half a second or so; the longest conversations take a few steps a message
 MAX_CHARACTERS = 1 << 26
 
 
