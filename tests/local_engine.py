@@ -10,6 +10,7 @@ import attrs
 
 from chipbus.actors.boot import HOST, SUPERVISOR, ChildSpec
 from chipbus.actors.config import EngineConfig
+from chipbus.actors.handling import ANYHOW, Handling
 from chipbus.actors.host import HostActor
 from chipbus.actors.kinds import load_actor
 from chipbus.actors.local_nursery import LocalNursery
@@ -93,11 +94,12 @@ class LocalEngine:
         self.actors[spec.name] = actor
         return actor
 
-    def submit(self, prompt: list[int], params: SamplingParams) -> RequestState:
+    def submit(self, prompt: list[int], params: SamplingParams, handling: Handling = ANYHOW) -> RequestState:
         """Ask for one completion."""
         state = RequestState(f"r{len(self.states)}", 1, False, lambda: None)
         self.states.append(state)
-        message = Generate(request_id=state.request_id, prompt_token_ids=pack_tokens(prompt), params=params)
+        ids = pack_tokens(prompt)
+        message = Generate(request_id=state.request_id, prompt_token_ids=ids, params=params, handling=handling)
         self.host.submit(message, 0, state, 1e5)
         return state
 

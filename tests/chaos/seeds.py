@@ -16,7 +16,7 @@ import traceback
 import attrs
 from local_engine import VOCAB, LocalEngine, expected_tokens
 
-from chipbus import SamplingParams
+from chipbus import Handling, SamplingParams
 from chipbus.bus import LinkFaults
 from chipbus.errors import ChipbusError
 
@@ -59,7 +59,8 @@ def run(seed: int, *, is_told: bool = False) -> dict[str, int]:
         prompt = [draw.randrange(20, VOCAB) for _ in range(draw.randint(1, 20))]
         count = draw.randint(1, 15)
         params = SamplingParams(max_tokens=count, ignore_eos=True, temperature=0.5, seed=draw.getrandbits(30))
-        wanted.append((engine.submit(prompt, params), expected_tokens(prompt, count)))
+        handling = draw.choice([Handling(), Handling(session="s"), Handling(replica=draw.randrange(replicas))])
+        wanted.append((engine.submit(prompt, params, handling), expected_tokens(prompt, count), handling))
     strikes = draw.randint(1, 6)
     for _ in range(strikes):
         _let_happen(engine, draw.randrange(EVENTS))
@@ -72,11 +73,12 @@ def run(seed: int, *, is_told: bool = False) -> dict[str, int]:
             engine.nursery.kill(name)
         else:
             engine.system.freeze(name, draw.uniform(0.001, 2.0) if how == "freeze" else 1e8)
-    engine.system.run_until(lambda: all(state.is_over for state, _ in wanted), LIMIT_S)
-    for state, tokens in wanted:
+    engine.system.run_until(lambda: all(state.is_over for state, _, _ in wanted), LIMIT_S)
+    for state, tokens, handling in wanted:
         output = state.whole()
         assert list(output.outputs[0].token_ids) == tokens, f"{state.request_id}: {output.outputs[0].token_ids}"
         assert output.outputs[0].finish_reason == "length"
+        assert handling.replica in (None, output.replica), f"{state.request_id}: served by {output.replica}"
     engine.system.run_until(engine.is_idle, LIMIT_S)
     failures = {name: n for name, actor in engine.actors.items() if (n := actor.ctx.counters().get("handler_failures"))}
     assert not failures, f"handlers failed: {failures}"
