@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from chipbus.errors import ContextTooLong, RequestInvalid
 from chipbus.tools import console
 from chipbus.tools.chat import converse
 from chipbus.tools.run_commands import bus_run
-from support import eventually, our_processes, run_directories
+from support import eventually, our_processes
 
 CHAT = [sys.executable, "-m", "chipbus.tools.bus_run", "chat"]
 DEMO = Path(__file__).resolve().parents[2] / "chipbus" / "demo"
@@ -30,16 +31,24 @@ SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 LONG_FLAGS = ("--max-tokens", "1900", "--ignore-eos")
 
 
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """Where run directories are made."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", directory)
+        yield Path(directory)
+
+
 @pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    before = (our_processes(), run_directories())
+def nothing_left_behind(home: Path, engine: Engine) -> Iterator[None]:
+    before = our_processes()
     yield
-    eventually(lambda: our_processes() <= before[0], "every process is gone")
-    eventually(lambda: run_directories() <= before[1], "every run directory is gone")
+    eventually(lambda: our_processes() <= before, "every process is gone")
+    eventually(lambda: [str(path) for path in home.iterdir()] == [engine.run_dir], "every run directory is gone")
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine(home: Path) -> Iterator[Engine]:
     """A conversation of more than 256 tokens is too long for it."""
     with Engine("demo", chip="null", max_model_len=256, kv_pages=16, page_size=16) as running:
         yield running

@@ -24,7 +24,7 @@ from chipbus import AsyncEngine, SamplingParams
 from chipbus.actors.messages.tree import ProcessReport, ProgramStatistics
 from chipbus.actors.report import EngineReport
 from chipbus.tools.serve.page import embedded_page, live_page
-from support import eventually, our_processes, run_directories
+from support import eventually, our_processes
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -38,7 +38,6 @@ COUNT_DRAWS = """
     window.began = performance.now();
     draw = () => { window.draws += 1; drawn(); };
 """
-LONG = SamplingParams(max_tokens=1900, ignore_eos=True)
 
 
 class Page:
@@ -102,12 +101,11 @@ def page(driver: webdriver.Chrome) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def site(driver: webdriver.Chrome) -> Iterator[Site]:
     """Two replicas of null chips."""
-    before = run_directories()
     with Site(data_parallel_size=2) as site:
         yield site
         ours = {record.pid for record in site.engine.tree()}
     eventually(lambda: not ours & our_processes(), "every process of the engine is gone")  # the browser has its own
-    eventually(lambda: run_directories() <= before, "every run directory is gone")
+    eventually(lambda: not Path(site.engine.run_dir).exists(), "its run directory is gone")
 
 
 def write(path: Path, html: str) -> str:
@@ -136,15 +134,24 @@ def test_a_killed_worker_is_seen_with_its_next_life_and_what_happened(site: Site
 def test_requests_are_seen_from_their_first_token_to_their_end(site: Site, page: Page) -> None:
     page.open(site.url)
 
+    chips = [site.pid("chip.0.0"), site.pid("chip.1.0")]
+
     async def serve(engine: AsyncEngine) -> str:
-        [output] = await engine.generate("replica", LONG)
-        return output.request_id
+        stream = engine.stream("replica", SamplingParams(max_tokens=300, ignore_eos=True))
+        first = await anext(stream)
+        for chip in chips:  # so that it stays as it is while it is looked at
+            os.kill(chip, signal.SIGSTOP)
+        async for _ in stream:
+            pass
+        return first.request_id
 
     serving = site.begin(serve)
     eventually(lambda: page.js("return document.querySelector('#requests button') !== null"), "it is shown")
     request_id = page.text("#requests button")
     page.click("#requests button")
-    page.shows("after the call", "#details")
+    page.shows("first token", "#details")
+    for chip in chips:
+        os.kill(chip, signal.SIGCONT)
     assert serving.result(60) == request_id
     page.shows("It has ended; this is how it was last seen.", "#details")
     page.shows("of 1 request that ended well", "#ttft")
