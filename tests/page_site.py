@@ -96,7 +96,8 @@ class Site:
             if self.is_deaf:
                 await PlainTextResponse("deaf", 503)(scope, receive, send)
             elif self.key and scope["path"] != "/" and given != f"Bearer {self.key}":
-                await PlainTextResponse("no", 401)(scope, receive, send)
+                headers = {"WWW-Authenticate": 'Basic realm="chipbus"'}
+                await PlainTextResponse("no", 401, headers)(scope, receive, send)
             else:
                 await app(scope, receive, send)
 
