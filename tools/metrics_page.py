@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import click
 
-from .serve.metric_table import GROUPS, HTTP_FAILURES, METRICS
+from .serve.metric_table import GROUPS, HTTP_RESPONSES, METRICS
 
 __all__ = ["page"]
 
@@ -87,7 +87,7 @@ def page() -> str:
     """The whole page, Markdown."""
     from ..actors.report import MOST_EVENTS
 
-    metrics = (*METRICS, HTTP_FAILURES)
+    metrics = (*METRICS, HTTP_RESPONSES)
     groups = []
     for group, title in GROUPS.items():
         rows = [

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -15,15 +17,16 @@ import pytest
 import yaml
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
-from starlette.applications import Starlette
 
 from chipbus import AsyncEngine, SamplingParams
 from chipbus.actors.report import EngineReport
 from chipbus.errors import ChipbusError
 from chipbus.tools.metrics_page import page
 from chipbus.tools.serve import metric_table
-from chipbus.tools.serve.metric_table import HTTP_FAILURES, METRICS, PREFIX
-from chipbus.tools.serve.metrics import HttpFailures, families, routes
+from chipbus.tools.serve.app import make_app
+from chipbus.tools.serve.metric_table import HTTP_RESPONSES, METRICS, PREFIX
+from chipbus.tools.serve.metrics import HttpResponses, families, routes
+from chipbus.tools.serve.service import Service
 
 SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 SHIPPED = Path(metric_table.__file__).parent
@@ -52,15 +55,16 @@ def scrapes(tmp_path_factory: pytest.TempPathFactory) -> Scrapes:
 
 
 async def scrape(record: Path) -> Scrapes:
-    failures = HttpFailures()
-    failures.add(401, "invalid_api_key")
-    failures.add(404, None)
+    responses = HttpResponses()
     async with AsyncEngine("demo", chip="null", data_parallel_size=2, record=record, log_level="error") as engine:
-        transport = httpx.ASGITransport(Starlette(routes=routes(engine, failures)))  # type: ignore[arg-type]
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        app = make_app(Service(engine, "demo", 2**20), "key", routes(engine, responses), responses)
+        transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", auth=("", "key")) as client:
             outputs = await engine.generate([[5 + n] for n in range(8)], SHORT)
             with pytest.raises(ChipbusError):
                 await engine.generate("")
+            assert (await client.get("/nothing")).status_code == 404
+            assert (await client.get("/metrics", auth=("", "guessed"))).status_code == 401
             before = await client.get("/metrics")
             os.kill(next(r.pid for r in engine.tree() if r.name == "replica.0"), signal.SIGKILL)
             lives = 0
@@ -70,7 +74,7 @@ async def scrape(record: Path) -> Scrapes:
                     if lives == 2:
                         break
             outputs += await engine.generate([[5 + n] for n in range(8)], SHORT)
-            after = await client.get("/metrics")
+            after = await seen(client, lambda text: steps_of(text) > steps_of(before.text))
             accept = {"accept": "application/openmetrics-text; version=1.0.0"}
             openmetrics = await client.get("/metrics", headers=accept)
             as_json = await client.get("/metrics.json")
@@ -91,6 +95,18 @@ async def scrape(record: Path) -> Scrapes:
     )
 
 
+async def seen(client: httpx.AsyncClient, is_seen: Callable[[str], bool]) -> httpx.Response:
+    """The first scrape of which that is true: what replicas answer is shared for a second."""
+    async with asyncio.timeout(20):
+        while not is_seen((answer := await client.get("/metrics")).text):
+            await asyncio.to_thread(threading.Event().wait, 0.05)
+    return answer
+
+
+def steps_of(text: str) -> float:
+    return total(samples_of(text), "steps_total")
+
+
 def samples_of(text: str) -> dict[Sample, float]:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -107,7 +123,7 @@ def total(samples: dict[Sample, float], name: str, **labels: str) -> float:
 @pytest.mark.guarantee("M20")
 def test_what_is_exposed_is_what_is_declared_and_documented(scrapes: Scrapes) -> None:
     assert PAGE.read_text() == page() + "\n", "run: python -m chipbus.tools.metrics_page > docs/metrics.md"
-    declared = {metric.name: metric for metric in (*METRICS, HTTP_FAILURES)}
+    declared = {metric.name: metric for metric in (*METRICS, HTTP_RESPONSES)}
     assert len(declared) == len(METRICS) + 1
     found = {}
     for family in parse(scrapes.after):
@@ -141,7 +157,8 @@ def test_no_exposed_counter_goes_down_when_a_replica_is_killed(scrapes: Scrapes)
     assert total(after, "worker_restarts_total", worker="replica.0", reason="SIGKILL") == 1
     assert total(after, "reaped_children_total") == 2, "the core, and its chip with it"
     assert total(after, "ready") == 1
-    assert total(after, "http_failures_total", status="401", code="invalid_api_key") == 1
+    assert [total(after, "http_responses_total", status=status) for status in ("401", "404")] == [1, 1]
+    assert total(after, "http_responses_total", status="200") >= 1
     assert total(after, "ledger_bytes_total", actor="router") > 0
 
 
@@ -200,7 +217,7 @@ def promql_names(expression: str) -> set[str]:
 
 
 def exposed_names(scrapes: Scrapes) -> set[str]:
-    empty = {metric.name for metric in (*METRICS, HTTP_FAILURES) if metric.kind != "histogram"}
+    empty = {metric.name for metric in (*METRICS, HTTP_RESPONSES) if metric.kind != "histogram"}
     return {name for name, _ in samples_of(scrapes.after)} | empty
 
 
@@ -213,7 +230,7 @@ def test_dashboard_and_alerts_ask_only_for_what_is_exposed(scrapes: Scrapes) -> 
     asked = {target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())}
     asked |= {rule["expr"] for rule in rules}
     asked.add(dashboard["templating"]["list"][1]["query"]["query"])
-    labels = {metric.name: {*metric.labels, "le", "instance", "job"} for metric in (*METRICS, HTTP_FAILURES)}
+    labels = {metric.name: {*metric.labels, "le", "instance", "job"} for metric in (*METRICS, HTTP_RESPONSES)}
 
     for expression in asked:
         names = promql_names(expression)

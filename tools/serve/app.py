@@ -17,26 +17,34 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from . import about, completions
 from .failures import Failure, Refused
 from .http import send_failure, told
+from .metrics import HttpResponses
 from .service import Service
 
 __all__ = ["make_app"]
 
 
-def make_app(service: Service, api_key: str | None, more: Sequence[BaseRoute] = ()) -> ASGIApp:
-    """The ASGI application of one engine. ``more``: routes of other modules, for example ``metrics.routes(engine)``."""
+def make_app(
+    service: Service, api_key: str | None, more: Sequence[BaseRoute] = (), responses: HttpResponses | None = None
+) -> ASGIApp:
+    """The ASGI application of one engine, whose answers are counted in ``responses``.
+
+    more: routes of other modules, for example ``metrics.routes(engine)``
+    """
     routes = [*completions.routes(service), *about.routes(service), *more]
-    return _Door(Router(routes, redirect_slashes=False), api_key)
+    return _Door(Router(routes, redirect_slashes=False), api_key, responses or HttpResponses())
 
 
 class _Door:
     """In front of all routes."""
 
-    def __init__(self, router: Router, api_key: str | None) -> None:
+    def __init__(self, router: Router, api_key: str | None, responses: HttpResponses) -> None:
         self._router = router
+        self._responses = responses
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; http only."""
+        send = self._responses.counted(send)
         scope["app"] = self._router  # so that it raises what it would answer in its own shape
         try:
             if self._api_key is not None and scope["path"] not in about.OPEN_PATHS:

@@ -95,7 +95,9 @@ class _Serving:
         name = settings.served_model_name or engine.plan.model_dir.name
         self._introduce(engine)
         service = Service(engine, name, settings.max_body_bytes)
-        http = HttpServer(make_app(service, settings.api_key, [*state.routes(engine), *metrics.routes(engine)]))
+        responses = metrics.HttpResponses()
+        more = [*state.routes(engine), *metrics.routes(engine, responses)]
+        http = HttpServer(make_app(service, settings.api_key, more, responses))
         serving = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         try:
             began_s = time.monotonic()

@@ -15,7 +15,7 @@ from ...actors.report import EngineReport, Histogram
 from ...bus import NodeReport
 from ...bus.mailbox import LANE_BOUND, READ_BOUND
 
-__all__ = ["GROUPS", "HTTP_FAILURES", "METRICS", "PREFIX", "Metric", "model_of"]
+__all__ = ["GROUPS", "HTTP_RESPONSES", "METRICS", "PREFIX", "Metric", "model_of"]
 
 PREFIX = "chipbus_"
 
@@ -354,8 +354,8 @@ METRICS: tuple[Metric, ...] = (
     ),
 )  # fmt: skip
 
-HTTP_FAILURES = Metric(
-    group="http", name="http_failures_total", kind="counter", labels=("status", "code"),
-    help="Answers of the server that were errors, by status and code, whether or not the engine heard of it.",
+HTTP_RESPONSES = Metric(
+    group="http", name="http_responses_total", kind="counter", labels=("status",),
+    help="Answers of the server by HTTP status; a stream that fails after it began is one of 200.",
     read=lambda _: [],  # the server's own; no report has it
 )  # fmt: skip

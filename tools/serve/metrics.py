@@ -1,7 +1,7 @@
 """``/metrics`` for Prometheus, and the same report as JSON at ``/metrics.json``.
 
-Owns: the count of answers that were errors, for the server that gives them. Everything else is the engine's: each
-scrape is one report, so nothing is kept up to date between scrapes and no registry is shared with anybody.
+Owns: the count of the server's answers. Everything else is the engine's: each scrape is one report, so nothing is kept
+up to date between scrapes and no registry is shared with anybody.
 """
 
 from __future__ import annotations
@@ -17,29 +17,36 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Message, Send
 
 from ...actors.async_engine import AsyncEngine
 from ...actors.report import EngineReport, Histogram
 from ...errors import EngineClosed, EngineDead
-from .metric_table import HTTP_FAILURES, METRICS, Metric
+from .metric_table import HTTP_RESPONSES, METRICS, Metric
 
-__all__ = ["HttpFailures", "families", "routes"]
+__all__ = ["HttpResponses", "families", "routes"]
 
 
-class HttpFailures:
-    """Answers of one server that were errors, those included that the engine never heard of. Thread: its loop."""
+class HttpResponses:
+    """Answers of one server by status, those included that the engine never heard of. Thread: its loop."""
 
     def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str]] = Counter()
+        self.counts: Counter[int] = Counter()
 
-    def add(self, status: int, code: str | None) -> None:
-        """One was given; ``code`` as in its body, one of the documented few."""
-        self.counts[str(status), code or ""] += 1
+    def counted(self, send: Send) -> Send:
+        """An ASGI ``send`` that counts the answer it begins."""
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.counts[message["status"]] += 1
+            await send(message)
+
+        return counting
 
 
-def routes(engine: AsyncEngine, failures: HttpFailures | None = None) -> list[Route]:
+def routes(engine: AsyncEngine, responses: HttpResponses | None = None) -> list[Route]:
     """Both endpoints of a running engine; 503 once it is closed or dead."""
-    counts: Mapping[tuple[str, str], int] = {} if failures is None else failures.counts
+    counts: Mapping[int, int] = {} if responses is None else responses.counts
 
     async def metrics(request: Request) -> Response:
         try:
@@ -62,13 +69,13 @@ def routes(engine: AsyncEngine, failures: HttpFailures | None = None) -> list[Ro
 class _Scrape(Collector):
     """What one report comes to."""
 
-    def __init__(self, report: EngineReport, failures: Mapping[tuple[str, str], int]) -> None:
+    def __init__(self, report: EngineReport, responses: Mapping[int, int]) -> None:
         self._report = report
-        self._failures = failures
+        self._responses = responses
 
     def collect(self) -> Iterable[Family]:
         yield from families(self._report)
-        yield _family(HTTP_FAILURES, ((labels, count) for labels, count in sorted(self._failures.items())))
+        yield _family(HTTP_RESPONSES, (((str(status),), count) for status, count in sorted(self._responses.items())))
 
 
 def families(report: EngineReport) -> Iterable[Family]:
