@@ -14,6 +14,7 @@ from ..bus import Ask, count_tokens, handles, pack_tokens
 from ..errors import Aborted, BadFrame, ChipbusError, PeerGone, WorkerDied
 from .attempts import Attempts
 from .boot import SUPERVISOR, TOKENIZER
+from .messages.routing import Routed
 from .messages.serving import Detokenize, Detokenized, Encoded, Generate, TextDelta, TextDone, Tokenize
 from .messages.tree import (
     AllReplicaStatistics,
@@ -145,6 +146,9 @@ class HostActor(TreeActor):
                 self._failed(request, error)
             else:
                 self.reporter.delta(request.measured, count_tokens(item.token_ids), self.ctx.clock.now_ns())
+
+        elif isinstance(item, Routed):
+            request.measured.replica = item.replica
 
     def _done(self, request: _Request, reply: object) -> None:
         assert isinstance(reply, TextDone)

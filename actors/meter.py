@@ -63,6 +63,7 @@ class OpenRequest:
     prompt_tokens: int = 0
     output_tokens: int = 0
     attempt: int = 1
+    replica: int | None = None  # known with its first token
 
     @property
     def ttft_s(self) -> float | None:
@@ -162,7 +163,7 @@ class Meter:
         return tuple(
             RequestRow(
                 request_id=request.request_id,
-                replica=None,
+                replica=request.replica,
                 state="running" if request.first_ns else "waiting",
                 prompt_tokens=request.prompt_tokens,
                 output_tokens=request.output_tokens,

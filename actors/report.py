@@ -55,7 +55,7 @@ class RequestRow:
     """One completion under way."""
 
     request_id: str
-    replica: int | None  # None: not known yet
+    replica: int | None  # None: no token has come yet
     state: str  # waiting (no token yet) | running
     prompt_tokens: int
     output_tokens: int

@@ -165,6 +165,7 @@ class _Stream:
         self._ask: Ask | None = None
         self._began_ns = self._first_ns = self._last_ns = ctx.clock.now_ns()
         self._routed = Routed(replica=0, dp_rank=0)
+        self._has_told_route = True
 
     def begin(self, generated: bytes) -> None:
         """Go on behind ``generated``, packed tokens that the host has had from an earlier life, with their text."""
@@ -198,7 +199,7 @@ class _Stream:
     def _on_item(self, item: object) -> None:
         """``Routed`` whenever a replica was chosen, then ``TokenDelta``s."""
         if isinstance(item, Routed):
-            self._routed = item
+            self._routed, self._has_told_route = item, False
         elif isinstance(item, TokenDelta):
             try:
                 self._take(item)
@@ -239,6 +240,9 @@ class _Stream:
         self._first_ns = self._first_ns if first else self._last_ns
         taken = self._token_ids[first:]
         rows = tuple(self._shown(row) for row in new.logprobs[: len(taken)])
+        if not self._has_told_route:  # along with the first tokens from there, which wake the host anyway
+            self._has_told_route = True
+            self.call.item(self._routed)
         self.call.item(TextDelta(token_index=first, text=text, token_ids=pack_tokens(taken), logprobs=rows))
         if hit is not None:
             self._stop(hit)

@@ -41,8 +41,9 @@ class ChatTurn:
 class Generate:
     """Engine asks tokenizer: serve this prompt. Exactly one of ``prompt``, ``prompt_token_ids``, ``turns`` is given.
 
-    Items: first ``Encoded``, then ``TextDelta``. Reply: ``TextDone``. Errors: ``RequestInvalid``, ``ContextTooLong``,
-    ``BadTarget``, ``NotReady``, ``Overloaded``, ``PinOverloaded``, ``WorkerDied``, ``RestartLimit``.
+    Items: first ``Encoded``, then ``TextDelta``, and a ``Routed`` before the first one from another replica or life.
+    Reply: ``TextDone``. Errors: ``RequestInvalid``, ``ContextTooLong``, ``BadTarget``, ``NotReady``, ``Overloaded``,
+    ``PinOverloaded``, ``WorkerDied``, ``RestartLimit``.
     """
 
     request_id: str

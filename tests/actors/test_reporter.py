@@ -82,6 +82,24 @@ def test_each_request_is_counted_once_and_no_counter_goes_down_whatever_dies(see
     engine.close()
 
 
+def test_a_request_with_tokens_shows_its_replica_also_after_it_was_moved() -> None:
+    engine = LocalEngine(6, replicas=2)
+    states = [engine.submit([20 + n], PARAMS) for n in range(2)]
+    assert [row.replica for row in engine.host.reporter.report().open] == [None, None]
+    engine.system.run_until(lambda: all(state.token_ids(0) != [] for state in states))
+    rows = {row.request_id: row for row in engine.host.reporter.report().open}
+    assert {row.replica for row in rows.values()} == {0, 1}
+    [moved] = [row for row in rows.values() if row.replica == 0]
+    engine.nursery.kill("replica.0")
+    state = next(state for state in states if state.request_id == moved.request_id)
+    had = len(state.token_ids(0))
+    engine.system.run_until(lambda: len(state.token_ids(0)) > had)
+
+    [row] = [row for row in engine.host.reporter.report().open if row.request_id == moved.request_id]
+    assert (row.state, row.replica, row.output_tokens) == ("running", 1, len(state.token_ids(0)))
+    engine.close()
+
+
 @pytest.mark.guarantee("M4")
 def test_however_many_ask_within_a_second_the_processes_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = LocalEngine(1)

@@ -107,7 +107,8 @@ def test_a_prompt_is_encoded_once_and_its_answer_comes_back_as_text(directory, r
     assert answer.items[0] == Encoded(prompt="the quick", prompt_token_ids=pack_tokens(ids))
     assert answer.tokens == house.tokens
     assert answer.text == ANSWER
-    assert all("\N{REPLACEMENT CHARACTER}" not in item.text for item in answer.items[1:])
+    assert answer.items[1] == Routed(replica=0, dp_rank=0, chosen_by="load")
+    assert all("\N{REPLACEMENT CHARACTER}" not in item.text for item in answer.items[2:])
     assert (answer.reply.finish_reason, answer.reply.stop_reason) == ("length", None)
     assert answer.reply.tokens.queued_s == 0.25
 
