@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .actors.outputs import RequestOutput as RequestOutput
     from .actors.outputs import Statistics as Statistics
     from .actors.outputs import Timing as Timing
+    from .actors.report import EngineReport as EngineReport
+    from .actors.report import Event as Event
     from .actors.sampling import SamplingParams as SamplingParams
     from .bus import Progress as Progress
     from .errors import ChipbusError as ChipbusError
@@ -37,6 +39,8 @@ _HOME = {
     "CompletionOutput": ".actors.outputs",
     "Engine": ".actors.engine",
     "EngineConfig": ".actors.config",
+    "EngineReport": ".actors.report",
+    "Event": ".actors.report",
     "Handling": ".actors.handling",
     "L3Worker": ".actors.l3",
     "Progress": ".bus",

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from local_engine import LocalEngine
 
-from chipbus.actors.messages.tree import ReplicaStatisticsRequest, TreeReportRequest
+from chipbus.actors.messages.tree import GroupLost, ReplicaStatisticsRequest, TreeReportRequest
 from chipbus.actors.report import EngineReport, Event
 from chipbus.actors.reporter import ANSWERS_TIMEOUT_S, About
 from chipbus.actors.run_files import RunFiles, read_recorded
@@ -163,7 +163,18 @@ def test_events_are_numbered_without_gaps_and_tell_a_life_in_order(seed: int) ->
     engine.close()
 
 
-def test_a_replica_that_is_given_up_is_lost_and_refusals_are_no_failures() -> None:
+def test_a_group_that_is_given_up_is_an_event_with_the_reason() -> None:
+    engine = LocalEngine(7, replicas=2)
+
+    engine.host._group_lost(GroupLost("chip.1.0", "died 6 times within 30 s"), None)
+
+    last = engine.host.reporter.log.events[-1]
+    assert (last.kind, last.subject, last.text) == ("lost", "chip.1.0", "died 6 times within 30 s")
+    assert engine.deaths == [], "the other replica is left"
+    engine.close()
+
+
+def test_requests_for_which_there_is_no_room_are_refused_and_not_failed() -> None:
     engine = LocalEngine(3, max_waiting=1)
     engine.system.freeze("chip.0.0", 2.0)
     states = [engine.submit([20 + n], PARAMS) for n in range(9)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -134,6 +135,26 @@ def test_a_disk_that_refuses_reports_and_events_is_named_once_and_disturbs_nobod
         eventually(lambda: engine.report().exits == 1, "the router's end is known")
         assert engine.report().finished == {"length": 2}
     assert caplog.text.count("run_files.failed") == 1
+
+
+@pytest.mark.guarantee("M14")
+def test_the_end_of_each_request_is_logged_with_its_facts(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with Engine("demo", chip="null", log_level="error") as engine:
+        [output] = engine.generate(SECRET, SHORT)
+        with pytest.raises(ChipbusError):
+            engine.generate("", SHORT)
+
+    finished, failed = (
+        [line for line in caplog.messages if line.startswith(f"event='request.{how}'")]
+        for how in ("finished", "failed")
+    )
+    assert len(finished) == len(failed) == 1
+    facts = (
+        f"request='{output.request_id}' finish_reason='length' attempt=1 prompt_tokens={len(output.prompt_token_ids)}"
+    )
+    assert f"{facts} output_tokens=6 replica=0 ttft_s=0." in finished[0]
+    assert "error='RequestInvalid' attempt=1 prompt_tokens=0 output_tokens=0 ttft_s=None e2e_s=" in failed[0]
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def test_a_wheel_built_from_the_sdist_is_whole_and_computes(tmp_path: Path) -> N
     assert {name for name in names if name.endswith(".py")} == modules_of_the_tree()
     demo = {f"chipbus/demo/{path.name}" for path in (ROOT / "chipbus" / "demo").iterdir()}
     assert names >= demo | {"chipbus/py.typed"}
+    assert names >= {f"chipbus/tools/serve/{name}" for name in ("page.html", "grafana.json", "alerts.yml")}
     extension = f"chipbus/kernels/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     assert (extension in names) == (native.library is not None)  # as where these tests run, so here
 
