@@ -26,7 +26,10 @@ T = TypeVar("T")
 class RunningServer:
     """An engine, its server, and the loop both live in."""
 
-    def __init__(self, settings: Mapping[str, Any], api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], api_key: str | None, max_body_bytes: int, send_buffer: int | None
+    ) -> None:
+        self._send_buffer = send_buffer
         self._settings, self._api_key, self._max_body_bytes = settings, api_key, max_body_bytes
         self._is_up = threading.Event()
         self._failure: BaseException | None = None
@@ -46,7 +49,7 @@ class RunningServer:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             try:
                 runner.run(self._serve())
-            except BaseException as error:  # noqa: BLE001 (the test that waits for it raises it)
+            except BaseException as error:  # noqa: BLE001 (the test that waits for it raises it
                 self._failure = error
             finally:
                 self._is_up.set()
@@ -55,6 +58,8 @@ class RunningServer:
         self._loop = asyncio.get_running_loop()
         listener = listening_socket("127.0.0.1", 0)
         self.url = url_of(listener)
+        if self._send_buffer is not None:  # of every connection: they inherit it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
         async with AsyncEngine(**self._settings) as self.engine:
             self.service = Service(self.engine, "demo", self._max_body_bytes)
             self.service.state = "serving"
@@ -82,10 +87,7 @@ class RunningServer:
         return self.run(self.engine.generate(*arguments))
 
     def statistics(self) -> Statistics:
-        """As they are now."""
-        return self._fresh()
-
-    def _fresh(self) -> Statistics:
+        """As they are now, asked of the replicas."""
         return self.engine._runtime.fetch_statistics()
 
     def post(self, path: str, **fields: Any) -> httpx.Response:
@@ -113,9 +115,9 @@ class RunningServer:
 
 @contextmanager
 def running_server(
-    *, api_key: str | None = None, max_body_bytes: int = 2**20, **settings: Any
+    *, api_key: str | None = None, max_body_bytes: int = 2**20, send_buffer: int | None = None, **settings: Any
 ) -> Iterator[RunningServer]:
-    server = RunningServer(settings, api_key, max_body_bytes)
+    server = RunningServer(settings, api_key, max_body_bytes, send_buffer)
     try:
         yield server
     finally:

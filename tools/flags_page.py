@@ -6,20 +6,21 @@ Owns: nothing. A test compares the page with what this prints.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import attrs
 import click
 
-from ..actors.config import EngineConfig
 from .options import plain, sampling_rows
-from .settings import PREFIX, flag_names, value_type
+from .settings import ENGINE_FIELDS, PREFIX, SERVER_FIELDS, flag_names, value_type
 
 __all__ = ["page"]
 
 _PAGE = """\
 # Flags
 
-Printed by `python -m chipbus.tools.flags_page` from `actors/config.py` and `actors/sampling.py`: edit those.
+Printed by `python -m chipbus.tools.flags_page` from `actors/config.py`, `tools/serve/config.py` and
+`actors/sampling.py`: edit those.
 
 ## Settings of an engine
 
@@ -29,6 +30,13 @@ default. `--print-config` shows each value with its source, and what it prints i
 variable that begins with `CHIPBUS_`, is refused with the nearest match; `CHIPBUS_RING_*` is left to ring sizes.
 
 {settings}
+
+## Settings of the server, `bus-run serve`
+
+Beside those of its engine. A variable or a file may hold them also where no server is started: one file serves all
+commands. The key is never printed.
+
+{server}
 
 ## Sampling, `bus-run generate`
 
@@ -51,21 +59,23 @@ requests that bring none.
 
 def page() -> str:
     """The whole page, Markdown."""
-    settings = [
-        (
-            ", ".join(f"`{name}`" for name in flag_names(field.name)),
-            f"`{PREFIX}{field.name.upper()}`",
-            f"`{field.name}`",
-            value_type(field.name).__name__,
-            "–" if field.default is None else f"`{plain(field.default)}`",
-            str(field.metadata["help"]),
-        )
-        for field in attrs.fields(EngineConfig)
-    ]
     sampling = [(f"`{flag}`", kind, default, text) for flag, kind, default, text in sampling_rows()]
+    head = ("flag", "variable", "key", "type", "default", "meaning")
     return _PAGE.format(
-        settings=_table(("flag", "variable", "key", "type", "default", "meaning"), settings),
+        settings=_table(head, map(_row, ENGINE_FIELDS)),
+        server=_table(head, map(_row, SERVER_FIELDS)),
         sampling=_table(("flag", "type", "default", "meaning"), sampling),
+    )
+
+
+def _row(field: attrs.Attribute[Any]) -> tuple[str, ...]:
+    return (
+        ", ".join(f"`{name}`" for name in flag_names(field.name)),
+        f"`{PREFIX}{field.name.upper()}`",
+        f"`{field.name}`",
+        value_type(field.name).__name__,
+        "–" if field.default is None else f"`{plain(field.default)}`",
+        str(field.metadata["help"]),
     )
 
 

@@ -38,8 +38,8 @@ PREFIX = "CHIPBUS_"
 RESERVED_PREFIX = "CHIPBUS_RING_"
 """Ring sizes, resolved per dispatch by the kernels and not here."""
 
-ENGINE_FIELDS = tuple(attrs.fields(EngineConfig))
-SERVER_FIELDS = tuple(attrs.fields(ServerConfig))
+ENGINE_FIELDS: tuple[attrs.Attribute[Any], ...] = attrs.fields(EngineConfig)
+SERVER_FIELDS: tuple[attrs.Attribute[Any], ...] = attrs.fields(ServerConfig)
 _FIELDS = {field.name: field for field in (*ENGINE_FIELDS, *SERVER_FIELDS)}
 _TYPES = {**typing.get_type_hints(EngineConfig), **typing.get_type_hints(ServerConfig)}
 assert len(_FIELDS) == len(ENGINE_FIELDS) + len(SERVER_FIELDS)
@@ -200,6 +200,7 @@ def _nearest(name: str, known: list[str]) -> str:
 def _check_range(name: str, value: Any, source: str) -> None:
     """The field's own rule, here so that the sentence can name the source; the constructor would check it anyway."""
     field = _FIELDS[name]
+    assert field.validator is not None, f"setting {name} has no rule"
     try:
         field.validator(None, field, value)
     except ConfigError as error:

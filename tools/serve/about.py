@@ -15,8 +15,9 @@ from .service import Service
 
 __all__ = ["OPEN_PATHS", "routes"]
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
-"""Answered without a key: whoever probes a server has none, and they tell nothing of what it serves."""
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
+"""Answered without a key: whoever probes a server has none, and they tell nothing of what it serves. The status page
+at ``/`` holds no data either, and asks for the key itself."""
 
 
 def routes(service: Service) -> list[Route]:
@@ -76,7 +77,7 @@ class _About:
         service.check_model(given.get("model"))
         if len(given.keys() & {"prompt", "messages"}) != 1:
             raise RequestInvalid("one of prompt and messages must be given", param="prompt")
-        ids = await service.engine.tokenize(given.get("prompt", given.get("messages")))
+        ids = await service.engine.tokenize(given["prompt"] if "prompt" in given else given["messages"])
         await send_json(send, {"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len})
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:

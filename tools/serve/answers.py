@@ -196,7 +196,9 @@ class _Offsets:
         self._characters = 0
 
     def next(self, token_bytes: bytes) -> int:
-        """Of the token that comes next."""
+        """Of the token that comes next; of one that goes on within a character, where that one begins."""
+        if self._decoder.getstate()[0] and not 0x80 <= (token_bytes or b"a")[0] < 0xC0:
+            self._characters += len(self._decoder.decode(b"", final=True))  # it never became a character
         offset = self._characters
         self._characters += len(self._decoder.decode(token_bytes))
         return offset

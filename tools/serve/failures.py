@@ -84,7 +84,7 @@ _TABLE: dict[type[ChipbusError], tuple[int, str, str | None]] = {
 def failure_of(error: BaseException, param: str | None = None) -> Failure:
     """The answer for an error; the most special class in the table decides.
 
-    param: the field that is to blame for a wrong request whose error does not name one itself
+    param: the field that is to blame for a wrong request whose error does not name one itself: the prompt's
     """
     if isinstance(error, Refused):
         return error.failure
@@ -92,7 +92,7 @@ def failure_of(error: BaseException, param: str | None = None) -> Failure:
     if row is None:  # a bug of ours: its text may hold anything
         return Failure(status=500, type="server_error", code="internal", message="the server failed; its log says how")
     status, kind, code = row
-    named = getattr(error, "param", "") or (param if isinstance(error, ContextTooLong) else None)
+    named = getattr(error, "param", "") or (param if status == 400 and code != "bad_target" else None)
     return Failure(
         status=status,
         type=kind,

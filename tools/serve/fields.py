@@ -16,6 +16,7 @@ import msgspec
 
 from ...actors.sampling import SamplingParams
 from ...errors import RequestInvalid
+from .failures import Refused
 
 __all__ = [
     "CHAT",
@@ -66,14 +67,17 @@ Fields = Mapping[str, Field]
 
 
 def parse(fields: Fields, body: bytes) -> dict[str, Any]:
-    """The fields given, checked one by one, without those that are null. Raises ``RequestInvalid`` naming the field."""
+    """The fields given, checked one by one, without those that are null.
+
+    Raises ``RequestInvalid`` naming the field, ``Refused`` for what has no fields.
+    """
     try:
         given = msgspec.json.decode(body)
     except (ValueError, RecursionError) as error:  # a DecodeError, or a UnicodeDecodeError
         what = "is nested too deeply" if isinstance(error, RecursionError) else f"is no JSON: {error}"
-        raise RequestInvalid(f"the body {what}") from None
+        raise Refused(400, f"the body {what}") from None
     if type(given) is not dict:
-        raise RequestInvalid(f"the body is {_shown(given)}; it must be a JSON object")
+        raise Refused(400, f"the body is {_shown(given)}; it must be a JSON object")
     taken = {}
     for name, value in given.items():
         field = fields.get(name)
@@ -279,6 +283,7 @@ _SAMPLING = (
     Field("seed", Where.SAMPLING, "integer", "equal seed, equal tokens; completion i uses seed + i", _integer),
     Field("stop", Where.SAMPLING, "text or list of texts", "end before the first of them", _stops),
     Field("stop_token_ids", Where.SAMPLING, "list of integers", "end at any of these tokens", _stop_ids),
+    Field("include_stop_str_in_output", Where.SAMPLING, "boolean", "the text that ends it is returned, too", _flag),
     Field("ignore_eos", Where.SAMPLING, "boolean", "go on past the model's end of text", _flag),
     Field("min_tokens", Where.SAMPLING, "integer", "no end before so many tokens", _integer),
     Field("n", Where.SAMPLING, "integer", "completions per prompt, at most 64", _integer),
