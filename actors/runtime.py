@@ -61,7 +61,7 @@ class Runtime:
             model=config.model,
             chip=config.chip,
             run_dir=str(self.processes.run_dir),
-            record=config.record,
+            record=None if config.record is None else config.record.absolute(),  # the host may move
             config=plain_settings(attrs.asdict(config, recurse=False)),
         )
 

@@ -61,8 +61,12 @@ def test_a_report_has_every_process_and_what_was_served() -> None:
         engine.report()
 
 
-def test_a_closed_engines_record_ends_with_a_report_that_says_so(tmp_path: Path) -> None:
-    with Engine("demo", chip="null", record=tmp_path / "run", log_level="error") as engine:
+def test_a_closed_engines_record_ends_with_a_report_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Engine("demo", chip="null", record=Path("run"), log_level="error") as engine:
+        monkeypatch.chdir("/")  # the host application may move: its record stays
         engine.generate([5, 6, 7], SHORT)
         eventually(lambda: read_recorded(tmp_path / "run").is_ready, "it is written that the engine is ready")
         living = engine.report()
