@@ -316,7 +316,7 @@ class PinOverloaded(Overloaded):
 
 
 class NotReady(RequestError):
-    """No replica is ready to take a request, or all are being ended. Nothing was queued; try again a little later."""
+    """No replica that may serve the request is ready, or will ever be. Nothing was queued; try later, or elsewhere."""
 
 
 class LedgerCorrupt(ChipbusError):

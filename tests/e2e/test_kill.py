@@ -245,7 +245,7 @@ def test_a_child_that_keeps_dying_is_given_up_with_a_typed_error() -> None:
             os.kill(pid_of(engine, "chip.0.0"), signal.SIGKILL)
         eventually(lambda: incarnation_of(engine, "chip.0.0")[1] == "gone", "the group was given up")
 
-        with pytest.raises((errors.RestartLimit, errors.EngineDead)):
+        with pytest.raises((errors.RestartLimit, errors.NotReady, errors.EngineDead)):
             engine.generate([1], SHORT)
 
 
