@@ -21,6 +21,7 @@ from .report import EngineReport
 from .request import RequestState
 from .runtime import Prompt, Runtime, TextAnswer, detokenize_message, tokenize_message
 from .sampling import SamplingParams
+from .unicode_text import check_unicode
 
 __all__ = ["Engine", "as_prompts", "as_turns"]
 
@@ -44,6 +45,8 @@ def as_turns(messages: Sequence[Mapping[str, str]]) -> tuple[ChatTurn, ...]:
     for position, entry in enumerate(messages):
         if set(entry) != {"role", "content"} or not all(isinstance(v, str) for v in entry.values()):
             raise RequestInvalid(f"message {position} is {dict(entry)!r}; it must have the texts 'role' and 'content'")
+        for name, text in entry.items():
+            check_unicode(text, f"the {name} of message {position}")
         turns.append(ChatTurn(**entry))
     if not turns:
         raise RequestInvalid("messages is empty; give at least one message")

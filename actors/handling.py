@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 
 from ..errors import BadTarget, RequestInvalid
+from .unicode_text import check_unicode
 
 __all__ = ["ANYHOW", "Handling", "pinned_replica"]
 
@@ -23,6 +24,7 @@ def _session(_: Any, __: Any, value: Any) -> None:
         what = f"{len(value)} characters long" if isinstance(value, str) else repr(value)
         rule = f"it must be text of at most {MAX_SESSION_CHARS} characters"
         raise RequestInvalid(f"session is {what}; {rule}", param="session")
+    check_unicode(value, "session", param="session")
 
 
 def _number(_: Any, field: attrs.Attribute[Any], value: Any) -> None:

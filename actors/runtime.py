@@ -29,6 +29,7 @@ from .report import EngineReport, Event
 from .reporter import About
 from .request import RequestState
 from .sampling import SamplingParams
+from .unicode_text import check_unicode
 
 __all__ = ["Prompt", "Runtime", "TextAnswer", "detokenize_message", "tokenize_message"]
 
@@ -204,6 +205,7 @@ class Runtime:
 def tokenize_message(prompt: str | Sequence[ChatTurn]) -> Tokenize:
     """The question which ids text or a conversation has."""
     if isinstance(prompt, str):
+        check_unicode(prompt, "the prompt")
         return Tokenize(prompt=prompt)
     return Tokenize(turns=tuple(prompt))
 
@@ -215,6 +217,7 @@ def detokenize_message(token_ids: Sequence[int]) -> Detokenize:
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
+        check_unicode(prompt, "the prompt")
         return {"prompt": prompt}
     if isinstance(prompt, Sequence) and prompt and all(isinstance(turn, ChatTurn) for turn in prompt):
         return {"turns": tuple(prompt)}

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from ..errors import RequestInvalid
+from .unicode_text import check_unicode
 
 __all__ = ["SamplingParams", "sampling_from_mapping"]
 
@@ -55,6 +56,7 @@ def _strings(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> Non
         if not isinstance(item, str) or not item:
             rule = "each entry must be a non-empty string"
             raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; {rule}", param=field.name)
+        check_unicode(item, f"an entry of SamplingParams.{field.name}")
 
 
 def _token_ids(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:

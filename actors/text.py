@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import jinja2
 from tokenizers import Tokenizer, decoders
 
-from ..errors import CheckpointError, RequestInvalid
+from ..errors import CheckpointError, ContextTooLong, RequestInvalid
 from .chat_template import ChatTemplate
 from .messages.serving import ChatTurn
+from .unicode_text import check_unicode
 
 __all__ = ["Detokenizer", "StopScanner", "TextModel"]
 
@@ -200,9 +201,13 @@ class TextModel:
         self._chat = _load_chat(directory)
         self._name = directory.name
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model wants around it. Raises ``RequestInvalid``."""
-        return self._encode(text, add_special_tokens=True)
+    def encode(self, text: str, context: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model wants around it. Raises ``RequestInvalid``.
+
+        ``ContextTooLong`` if a beginning of it has more than twice as many tokens as ``context``; then the rest is not
+        looked at, so that one endless prompt takes nobody's time.
+        """
+        return self._encode(text, context, add_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of all ids at once, special tokens included; ids without a token, also negative ones, give nothing."""
@@ -222,9 +227,9 @@ class TextModel:
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise RequestInvalid(f"the chat template of model {self._name} failed: {error}") from error
 
-    def encode_chat(self, rendered: str) -> list[int]:
-        """Token ids of a rendered conversation; the template wrote all special tokens already."""
-        return self._encode(rendered, add_special_tokens=False)
+    def encode_chat(self, rendered: str, context: int | None = None) -> list[int]:
+        """``encode`` for a rendered conversation; the template wrote all special tokens already."""
+        return self._encode(rendered, context, add_special_tokens=False)
 
     def shown_bytes(self, token_id: int) -> bytes:
         """What one token stands for, for whoever looks at tokens one by one; none for an id without a token.
@@ -264,12 +269,23 @@ class TextModel:
             has_byte_tokens=self._has_byte_tokens,
         )
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestInvalid(f"the prompt is not valid Unicode at character {error.start}") from error
+    def _encode(self, text: str, context: int | None, *, add_special_tokens: bool) -> list[int]:
+        check_unicode(text, "the prompt")
+        if context is not None:
+            self._check_beginnings(text, context)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def _check_beginnings(self, text: str, context: int) -> None:
+        """Encode ever longer beginnings. Where one is cut its last word may be in more tokens; hence twice."""
+        size = 8 * context
+        while size < len(text):
+            count = len(self._tokenizer.encode(text[:size], add_special_tokens=False))
+            if count > 2 * context:
+                raise ContextTooLong(
+                    f"the first {size} of the prompt's {len(text)} characters have {count} tokens; with max_model_len"
+                    f" {context} it may have at most {context - 1}"
+                )
+            size *= 2
 
     def _token_of(self, token_id: int) -> str | None:
         """A token as the vocabulary writes it; None if it is special, or there is none."""

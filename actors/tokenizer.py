@@ -22,7 +22,7 @@ import attrs
 import msgspec
 
 from ..bus import Actor, Ask, Call, Context, Ready, count_tokens, handles, pack_tokens, unpack_tokens
-from ..errors import BadFrame, ChipbusError, PeerGone, RequestInvalid, WorkerDied
+from ..errors import BadFrame, ChipbusError, ContextTooLong, PeerGone, RequestInvalid, WorkerDied
 from .attempts import Attempts
 from .boot import ROUTER, SUPERVISOR
 from .messages.routing import Routed
@@ -112,7 +112,10 @@ class TokenizerActor(Actor):
 
     @handles(Detokenize)
     def _detokenize(self, question: Detokenize, call: Call) -> None:
-        call.reply(Detokenized(text=self._model.decode(unpack_tokens(question.token_ids).tolist())))
+        token_ids, most = unpack_tokens(question.token_ids), 2 * self._config.max_model_len
+        if len(token_ids) > most:
+            raise ContextTooLong(f"{len(token_ids)} token ids are more than {most}, twice what the context holds")
+        call.reply(Detokenized(text=self._model.decode(token_ids.tolist())))
 
     def _forget(self, request_id: str, call: Call) -> None:
         stream = self._streams.get(request_id)
@@ -127,15 +130,17 @@ class TokenizerActor(Actor):
                 f"request {request.request_id!r} has {sum(given)} of prompt, prompt_token_ids and turns; one is needed"
             )
         if request.prompt_token_ids is not None:
-            return self._model.decode(unpack_tokens(request.prompt_token_ids).tolist()), request.prompt_token_ids
+            token_ids = unpack_tokens(request.prompt_token_ids)
+            check_prompt_length(len(token_ids), self._config.max_model_len)
+            return self._model.decode(token_ids.tolist()), request.prompt_token_ids
         return self._encoded(request.prompt, request.turns)
 
     def _encoded(self, prompt: str | None, turns: Sequence[ChatTurn]) -> tuple[str, bytes]:
         """Text and packed ids of a prompt, or of a conversation."""
         if prompt is not None:
-            return prompt, pack_tokens(self._model.encode(prompt))
+            return prompt, pack_tokens(self._model.encode(prompt, self._config.max_model_len))
         rendered = self._model.render(turns)
-        return rendered, pack_tokens(self._model.encode_chat(rendered))
+        return rendered, pack_tokens(self._model.encode_chat(rendered, self._config.max_model_len))
 
 
 class _Stream:

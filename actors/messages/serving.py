@@ -187,7 +187,7 @@ class TextDone:
 class Tokenize:
     """Engine asks tokenizer: what would the model see of this? Either ``prompt`` or ``turns`` is given.
 
-    Reply: ``Encoded``. Error: ``RequestInvalid``. How long it may be is not asked.
+    Reply: ``Encoded``. Errors: ``RequestInvalid``; ``ContextTooLong`` only for what is over twice too long.
     """
 
     prompt: str | None = None
@@ -197,7 +197,7 @@ class Tokenize:
 @message(0x020C, lane=Lane.WORK)
 @attrs.frozen(kw_only=True)
 class Detokenize:
-    """Engine asks tokenizer: which text are these ids? Reply: ``Detokenized``."""
+    """Engine asks tokenizer: which text are these ids? Reply: ``Detokenized``. Error: ``ContextTooLong``, as there."""
 
     token_ids: TokenIds
 

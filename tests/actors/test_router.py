@@ -24,6 +24,7 @@ from chipbus.errors import (
     NotReady,
     Overloaded,
     PinOverloaded,
+    RequestInvalid,
     RestartLimit,
     WorkerDied,
 )
@@ -513,6 +514,12 @@ def test_a_target_that_is_none_is_refused_with_the_rule(fields, says):
     house.finish()
     assert (type(answer.error), str(answer.error)) == (BadTarget, says)
     assert not any(replica.seen for replica in house.replicas.values())
+
+
+def test_a_session_is_text_that_can_travel():
+    for wrong in ("\ud800", "x" * 257, 5, None):
+        with pytest.raises(RequestInvalid, match="session is"):
+            Handling(session=wrong)
 
 
 def test_none_is_no_rank_and_zero_is_one():

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from chipbus.actors import chat_template
 from chipbus.actors.messages.serving import ChatTurn
 from chipbus.actors.text import StopScanner, TextModel
-from chipbus.errors import CheckpointError, RequestInvalid
+from chipbus.errors import CheckpointError, ContextTooLong, RequestInvalid
 
 MAKERS = {"byte-level": byte_level_directory, "byte-fallback": byte_fallback_directory}
 
@@ -100,6 +100,39 @@ def test_odd_texts_are_encoded_and_decoded_as_in_transformers(models, references
     beyond = len(reference) + 1000
     assert "".join(pieces(model, [beyond, *ids, beyond])) == "".join(pieces(model, ids))
     assert model.decode([beyond, *ids, beyond]) == model.decode(ids)
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def encode(self, text: str, **options: bool):
+        self.characters += len(text)
+        return self.tokenizer.encode(text, **options)
+
+
+@pytest.mark.guarantee("X10")
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("text", ["word ", " ", "日本", "<|im_end|>", "x"])
+def test_a_prompt_far_too_long_is_refused_for_its_beginning_alone(models, monkeypatch, kind, text):
+    model = models[kind]
+    counting = Counting(model._tokenizer)
+    monkeypatch.setattr(model, "_tokenizer", counting)
+    with pytest.raises(ContextTooLong, match="with max_model_len 50 it may have at most 49"):
+        model.encode(text * 1_000_000, 50)
+    assert counting.characters < 10_000
+
+
+@given(st.text("ab 日\n", max_size=1500), st.integers(1, 60), st.sampled_from(sorted(MAKERS)))
+@settings(max_examples=100, deadline=None, print_blob=True)
+def test_no_prompt_that_fits_is_refused_for_its_beginning(models, text, context, kind):
+    ids = models[kind].encode(text)
+    try:
+        assert models[kind].encode(text, context) == ids
+    except ContextTooLong:
+        assert len(ids) > context
 
 
 def test_special_tokens_are_no_text_and_added_tokens_are(models):

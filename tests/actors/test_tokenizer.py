@@ -355,6 +355,8 @@ def test_text_and_conversations_have_ids_and_ids_have_a_text(directory, referenc
             Detokenize(token_ids=pack_tokens([*ids, 10**6])),
             Tokenize(turns=(ChatTurn("pirate", "arr"),)),
             Tokenize(prompt=""),
+            Detokenize(token_ids=pack_tokens([20] * 401)),
+            Tokenize(prompt="z" * 10**6),
         )
     ]
     house.finish()
@@ -364,8 +366,12 @@ def test_text_and_conversations_have_ids_and_ids_have_a_text(directory, referenc
         Detokenized(text=rendered),
         None,
         Encoded(prompt="", prompt_token_ids=b""),
+        None,
+        None,
     ]
-    assert type(answers[3].error) is RequestInvalid
+    assert [type(answer.error) for answer in answers[3:]] == [
+        RequestInvalid, type(None), ContextTooLong, ContextTooLong,
+    ]  # fmt: skip
     assert house.replica.seen == []
 
 

@@ -117,6 +117,10 @@ def test_an_engine_tells_the_ids_of_text_and_the_text_of_ids(engine: Engine) -> 
     assert engine.tokenize("replica core") == list(whole.prompt_token_ids)
     assert engine.tokenize(turns) == list(engine.chat(turns, GREEDY)[0].prompt_token_ids)
     assert engine.detokenize(whole.prompt_token_ids) == "replica core"
+    with pytest.raises(errors.RequestInvalid, match="the content of message 0 is not valid Unicode at character 0"):
+        engine.chat([{"role": "user", "content": "\udfff"}])
+    with pytest.raises(errors.RequestInvalid, match="not valid Unicode at character 0"):
+        engine.tokenize("\udfff")
     for wrong in (["a"], [True], [2**31], [-1]):
         with pytest.raises(errors.RequestInvalid):
             engine.detokenize(wrong)  # type: ignore[arg-type]
@@ -139,6 +143,9 @@ def test_n_completions_use_one_seed_each(engine: Engine) -> None:
         ([1] * 5000, errors.ContextTooLong, "5000"),
         (5, errors.RequestInvalid, "int"),
         ([["a"]], errors.RequestInvalid, "list"),
+        ("a\ud800", errors.RequestInvalid, "the prompt is not valid Unicode at character 1"),
+        ("a " * 10_000_000, errors.ContextTooLong, "of the prompt's 20000000 characters"),
+        ([1] * 1_000_000, errors.ContextTooLong, "1000000"),
     ],
 )
 def test_a_bad_prompt_is_one_typed_sentence_and_harms_nobody(
@@ -168,6 +175,8 @@ def test_an_unknown_sampling_field_names_the_nearest(engine: Engine) -> None:
         ({"max_tokens": True}, "max_tokens is True"),
         ({"n": 65}, "n is 65"),
         ({"stop": [""]}, "stop holds ''"),
+        ({"stop": "\ud800"}, "stop is not valid Unicode at character 0"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output is 1.*True or False"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens is 9.*max_tokens, 3"),
     ],
 )
