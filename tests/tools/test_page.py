@@ -283,9 +283,6 @@ def test_prefill_decode_idle_down_and_unknown_are_told_apart(page: Page, tmp_pat
     unheard = attrs.evolve(second, processes=tuple(silent))
     assert "idle 0 % · not known 100 %" in strip(page, "chip.0.0", first, unheard)
     assert "last 10 s: " in strip(page, "chip.0.0", *(after(100.0 + i, 1.0, 5.0) for i in range(20)))
-    untold = attrs.evolve(second, replicas=(attrs.evolve(second.replicas[0], programs=(), device_ns=0),))
-    later = attrs.evolve(after(104.0, 0, 0), replicas=(attrs.evolve(untold.replicas[0], device_ns=10**9),))
-    assert strip(page, "chip.0.0", untold, later) == "last 2 s: busy 50 % · idle 50 %"
 
 
 @pytest.mark.guarantee("Y8")
@@ -356,3 +353,16 @@ def test_nothing_is_wider_than_the_window(width: int, page: Page, tmp_path: Path
     shown, needed = page.js("const root = document.documentElement; return [root.clientWidth, root.scrollWidth]")
     assert needed == shown <= width
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.guarantee("Y17")
+def test_a_process_that_does_not_answer_is_shown_as_silent(site: Site, page: Page) -> None:
+    page.open(site.url)
+    page.shows("READY", "#readiness")
+    os.kill(site.pid("chip.0.0"), signal.SIGSTOP)
+    try:
+        eventually(lambda: page.row("chip.0.0")[1].split() == ["?", "silent"], "it is silent")
+        assert page.row("chip.1.0")[1].split() == ["R", "ready"]
+    finally:
+        os.kill(site.pid("chip.0.0"), signal.SIGCONT)
+    eventually(lambda: page.row("chip.0.0")[1].split() == ["R", "ready"], "it answers again")
