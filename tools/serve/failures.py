@@ -23,7 +23,7 @@ from ...errors import (
     WorkerDied,
 )
 
-__all__ = ["Failure", "Refused", "failure_of"]
+__all__ = ["Failure", "Refused", "failure_of", "rows"]
 
 RETRY_AFTER_S = 1
 """Queues of a replica move on, and a replica that died is back, within about a second."""
@@ -64,7 +64,27 @@ class Refused(Exception):
         self.failure = Failure(status=status, type=type, message=message, code=code, param=param, headers=headers)
 
 
+def rows() -> list[tuple[str, str, str, str]]:
+    """Every answer that is an error, for the page of the server: status, type, code, when."""
+    seen = {answer: str(error.__doc__).partition(". ")[0].rstrip(".\n") for error, answer in reversed(_TABLE.items())}
+    seen[_TABLE[ChipbusError]] = "Something of the server failed; its log says how"
+    found = [(*answer, when) for answer, when in seen.items()] + list(_OF_THE_DOOR)
+    return sorted((str(status), f"`{kind}`", f"`{code}`" if code else "–", when) for status, kind, code, when in found)
+
+
 _INVALID = "invalid_request_error"
+_OF_THE_DOOR = (
+    (400, _INVALID, "bad_http", "The bytes are no HTTP request"),
+    (401, "authentication_error", "invalid_api_key", "No key, or a wrong one"),
+    (404, _INVALID, "model_not_found", "A model that is not served"),
+    (404, _INVALID, "not_found", "Nothing is at this path"),
+    (405, _INVALID, "method_not_allowed", "Another method than this path has"),
+    (408, _INVALID, "body_timeout", "The rest of the body did not come"),
+    (413, _INVALID, "body_too_large", "The body is longer than `--max-body-bytes`"),
+    (415, _INVALID, "unsupported_content_type", "The body is not `application/json`"),
+    (431, _INVALID, "head_too_large", "Request line and headers are longer than 32 KiB"),
+)
+"""What is refused before the engine hears of it."""
 _TABLE: dict[type[ChipbusError], tuple[int, str, str | None]] = {
     RequestInvalid: (400, _INVALID, None),
     BadTarget: (400, _INVALID, "bad_target"),

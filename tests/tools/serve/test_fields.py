@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -12,7 +13,8 @@ from chipbus.actors.handling import ANYHOW, Handling
 from chipbus.actors.sampling import SamplingParams
 from chipbus.errors import BadTarget, ContextTooLong, RequestInvalid
 from chipbus.tools.serve.failures import Refused, failure_of
-from chipbus.tools.serve.fields import CHAT, COMPLETIONS, Where, parse
+from chipbus.tools.serve.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Where, parse
+from chipbus.tools.serve.reference import page
 from chipbus.tools.serve.wanted import Wanted, chat_wanted, completion_wanted
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -269,3 +271,11 @@ def test_a_body_that_is_no_object_is_refused(body: bytes, words: str) -> None:
         parse(COMPLETIONS, body)
     assert failure_of(caught.value).status == 400
     assert len(str(caught.value)) < 300
+
+
+def test_the_page_of_the_server_is_fresh() -> None:
+    document = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
+
+    assert document.read_text() == page() + "\n", "run: python -m chipbus.tools.serve.reference > docs/serving.md"
+    for table in (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE):
+        assert all(f"| `{name}` | " in page() for name in table)
