@@ -16,7 +16,7 @@ import attrs
 import msgspec
 
 from ..bus import Actor, Call, Progress, Ready, handles, pack_tokens, unpack_tokens
-from ..errors import Aborted, ChipbusError, WorkerDied, WorkerLost
+from ..errors import Aborted, ChipbusError, RequestError, WorkerDied, WorkerLost
 from ..kernels.dispatch import Completion, Dispatch
 from ..kernels.qwen3.model import ModelSpec
 from ..kernels.qwen3.step import Limits, ModelPrograms, build_step, read_step
@@ -171,10 +171,14 @@ class ReplicaActor(Actor):
     def _submit(self, message: Submit, call: Call) -> None:
         request_id, generated = message.request_id, unpack_tokens(message.generated)
         self._fail(request_id, Aborted(f"a later attempt has taken the place of request {request_id}"))
-        ending = self._scheduler.add(
-            request_id, unpack_tokens(message.prompt_token_ids), message.params, generated,
-            priority=message.handling.priority, is_admitted=message.attempt > 1,
-        )  # fmt: skip
+        try:
+            ending = self._scheduler.add(
+                request_id, unpack_tokens(message.prompt_token_ids), message.params, generated,
+                priority=message.handling.priority, is_admitted=message.attempt > 1,
+            )  # fmt: skip
+        except RequestError as refusal:  # its caller is told; nothing has failed here that a log should tell
+            call.fail(refusal)
+            return
         attempts = Attempts(self.config.max_request_restarts, message.attempt)
         serving = _Serving(call, self.ctx.clock.now_ns(), attempts, len(generated))
         if ending is not None:  # only its last word was lost

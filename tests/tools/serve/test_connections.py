@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 from collections.abc import Iterator
@@ -226,6 +227,25 @@ def test_what_is_no_http_is_told_so_and_the_server_goes_on(server: RunningServer
         assert shown.startswith(b"HTTP/1.1 400 "), (nonsense, shown)
         assert b'"code":"bad_http"' in shown
     assert server.client.get("/health").status_code == 200
+
+
+def test_a_request_with_changed_bytes_is_answered_or_ended(server: RunningServer) -> None:
+    whole = post_bytes(TEXT, json.dumps({"prompt": "a", "max_tokens": 2}).encode())
+    draw = random.Random(7)
+    starts: set[bytes] = set()
+    for _ in range(150):
+        changed = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            changed[draw.randrange(len(changed))] = draw.randrange(256)
+        with server.raw() as connection:
+            connection.sendall(changed)
+            connection.shutdown(socket.SHUT_WR)
+            starts.add(everything(connection)[:12])
+
+    assert starts <= {b""} | {b"HTTP/1.1 %d" % status for status in (200, 400, 404, 405, 408, 413, 415, 431)}
+    assert b"HTTP/1.1 400" in starts
+    assert server.post(TEXT, prompt="a", max_tokens=2).status_code == 200
+    assert server.comes_to_rest()
 
 
 @pytest.mark.guarantee("H14")

@@ -88,6 +88,8 @@ def test_it_starts_serves_and_ends_on_sigterm_when_open_requests_have_ended(tmp_
         with httpx.Client(base_url=server.url, timeout=30) as client:
             chat = {"model": "mine", "messages": [{"role": "user", "content": "chip"}], "max_tokens": 3}
             assert client.post("/v1/chat/completions", json=chat).status_code == 200
+            for path in ("/", "/state.json", "/metrics", "/metrics.json"):
+                assert client.get(path).status_code == 200
             with client.stream("POST", TEXT, json=ENDLESS) as answer:
                 parts = answer.iter_text()
                 text = next(parts)
