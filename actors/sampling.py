@@ -56,7 +56,7 @@ def _strings(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> Non
         if not isinstance(item, str) or not item:
             rule = "each entry must be a non-empty string"
             raise RequestInvalid(f"SamplingParams.{field.name} holds {item!r}; {rule}", param=field.name)
-        check_unicode(item, f"an entry of SamplingParams.{field.name}")
+        check_unicode(item, f"an entry of SamplingParams.{field.name}", param=field.name)
 
 
 def _token_ids(_: Any, field: attrs.Attribute[Any], value: tuple[Any, ...]) -> None:

@@ -59,12 +59,14 @@ async def scrape(record: Path) -> Scrapes:
     async with AsyncEngine("demo", chip="null", data_parallel_size=2, record=record, log_level="error") as engine:
         app = make_app(Service(engine, "demo", 2**20), "key", routes(engine, responses), responses)
         transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", auth=("", "key")) as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://server", headers={"authorization": "Bearer key"}
+        ) as client:
             outputs = await engine.generate([[5 + n] for n in range(8)], SHORT)
             with pytest.raises(ChipbusError):
                 await engine.generate("")
             assert (await client.get("/nothing")).status_code == 404
-            assert (await client.get("/metrics", auth=("", "guessed"))).status_code == 401
+            assert (await client.get("/metrics", headers={"authorization": "Bearer guessed"})).status_code == 401
             before = await client.get("/metrics")
             os.kill(next(r.pid for r in engine.tree() if r.name == "replica.0"), signal.SIGKILL)
             lives = 0
