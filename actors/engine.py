@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -121,7 +122,10 @@ class Engine:
     ) -> Iterator[RequestOutput]:
         changed = threading.Condition()
         state = self._runtime.submit(prompt, params or SamplingParams(), handling or ANYHOW, _notify(changed))
-        return self._deltas(state, changed)
+        deltas = self._deltas(state, changed)
+        # A generator that was never begun has nothing to leave; so whoever drops it aborts all the same.
+        weakref.finalize(deltas, _abort_unless_over, self._runtime, state).atexit = False
+        return deltas
 
     def _deltas(self, state: RequestState, changed: threading.Condition) -> Iterator[RequestOutput]:
         try:
@@ -135,8 +139,7 @@ class Engine:
                 if delta.finished:
                     return
         finally:
-            if not state.is_over:
-                self._runtime.abort(state.request_id)
+            _abort_unless_over(self._runtime, state)
 
     def _finish(
         self, prompts: Sequence[Prompt], params: SamplingParams | None, handling: Handling | None
@@ -155,8 +158,7 @@ class Engine:
             return outputs
         except BaseException:
             for state in pending:
-                if not state.is_over:
-                    self._runtime.abort(state.request_id)
+                _abort_unless_over(self._runtime, state)
             raise
 
     def abort(self, request_id: str) -> None:
@@ -205,7 +207,7 @@ class Engine:
     def report(self) -> EngineReport:
         """Everything there is to tell, for metrics and status pages; raises ``EngineClosed`` or ``EngineDead``.
 
-        What processes answer is asked at most once a second, however many call; what the engine counts is of now.
+        What processes answer is asked at most twice a second, however many call; what the engine counts is of now.
         """
         return self._runtime.report()
 
@@ -244,6 +246,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _abort_unless_over(runtime: Runtime, state: RequestState) -> None:
+    if not state.is_over:
+        runtime.abort(state.request_id)
 
 
 def _notify(changed: threading.Condition) -> Callable[[], None]:

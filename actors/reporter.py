@@ -35,8 +35,8 @@ from .run_files import RunFiles
 
 __all__ = ["About", "Reporter", "is_ready"]
 
-ANSWERS_AGE_NS = 1_000_000_000
-"""So long the processes' answers are shared, however many ask."""
+ANSWERS_AGE_NS = 500_000_000
+"""So long the processes' answers are shared, however many ask; half as long as a page waits between two looks."""
 ANSWERS_TIMEOUT_S = 3.0  # the supervisor itself gives replica cores two seconds
 WRITE_S = 2.0  # at most so often the report of a recorded run is written, and only while something changes
 

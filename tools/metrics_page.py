@@ -20,7 +20,7 @@ Printed by `python -m chipbus.tools.metrics_page` from `tools/serve/metric_table
 
 `Engine.report()` and `await AsyncEngine.report()` return one `EngineReport`: everything there is to tell about an
 engine at that moment. `/metrics` shows it to Prometheus, `/metrics.json` is the report itself, with `schema` as its
-version, and the status page draws it. Processes are asked at most once a second, however many ask; one that does not
+version, and the status page draws it. Processes are asked at most twice a second, however many ask; one that does not
 answer is shown as it was last heard. Nothing of what a request says is in it.
 
 | file | what it is for |

@@ -83,6 +83,15 @@ def test_leaving_a_stream_aborts_it_and_frees_its_pages(engine: Engine) -> None:
     )
 
 
+@pytest.mark.guarantee("E56")
+def test_a_stream_that_is_dropped_before_it_was_read_is_aborted(engine: Engine) -> None:
+    before = engine.report().failed.get("Aborted", 0)
+    unread = engine.stream([31, 32], SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True))
+    del unread
+
+    eventually(lambda: engine.report().failed.get("Aborted", 0) == before + 1, "it was aborted")
+
+
 @pytest.mark.guarantee("E55")
 def test_a_request_is_aborted_by_its_id_all_its_completions_and_twice_is_once(engine: Engine) -> None:
     endless = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True, n=2)
