@@ -5,6 +5,8 @@ Thread: the bus loop. No torch: the core only describes work.
 
     Submit ──▶ scheduler ──Batch──▶ build_step ──Dispatch…──▶ chip worker
     TokenDelta ◀── apply ◀── read_step ◀──Completion…──┘
+
+The chip never waits for the core: a step is sent while the one before it is computed (``scheduler.DEPTH``).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .lane import ChipLane, Outcome
 from .messages.launching import AllocTensor, RegisterProgram
 from .messages.serving import LogprobRow, Submit, TokenDelta, TokensDone
 from .messages.tree import ProgramStatistics, ReplicaStatistics, ReplicaStatisticsRequest, StartError
-from .scheduler import Batch, Ending, Scheduler, SchedulerConfig, TokenEvent
+from .scheduler import DEPTH, Batch, Ending, Scheduler, SchedulerConfig, TokenEvent
 
 __all__ = ["ReplicaActor", "ReplicaConfig"]
 
@@ -63,13 +65,15 @@ class _Serving:
     num_cached_tokens: int = 0  # of its prompt, that no step of this life had to compute
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Step:
-    """The step on the chip."""
+    """A step on the chip, or on its way there and back."""
 
     batch: Batch
     dispatches: tuple[Dispatch, ...]
     began_ns: int
+    outcomes: Sequence[Outcome] | None = None  # once it has ended
+    is_spoilt: bool = False  # the step before it failed, so whatever comes of this one does not count
 
 
 @attrs.define(eq=False)
@@ -88,7 +92,8 @@ class ReplicaActor(Actor):
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = msgspec.convert(config, ReplicaConfig)
         self._serving: dict[str, _Serving] = {}
-        self._step: _Step | None = None
+        self._in_flight: list[_Step] = []  # in the order in which the chip computes them
+        self._last_end_ns = 0
         self._is_reported_ready = False
         self._next_dispatch_id = 1
         self._steps = self._tokens_generated = self._prompt_tokens = self._step_ns = 0
@@ -112,7 +117,7 @@ class ReplicaActor(Actor):
         self._lane = ChipLane(
             self.ctx,
             self.config.chip,
-            depth=1,  # a step is decided from the tokens of the one before it
+            depth=DEPTH,
             launch_timeout_s=self.config.step_timeout_s,
             command_timeout_s=self.config.load_timeout_s,
             prepare=lambda: [
@@ -139,12 +144,12 @@ class ReplicaActor(Actor):
 
     def _chip_is_lost(self, lost: WorkerLost) -> None:
         """The KV cache went with the chip: compute prompts and tokens so far again on the next one."""
-        step, self._step = self._step, None
-        if step is not None:
-            for row in step.batch.record.rows:
-                serving = self._serving.get(row.request_id)
-                if serving is not None and not serving.attempts.lost(serving.num_tokens):
-                    self._fail(row.request_id, WorkerDied(serving.attempts.spent(lost)))
+        steps, self._in_flight = self._in_flight, []
+        for request_id in dict.fromkeys(row.request_id for step in steps for row in step.batch.record.rows):
+            serving = self._serving.get(request_id)
+            if serving is not None and not serving.attempts.lost(serving.num_tokens):
+                self._fail(request_id, WorkerDied(serving.attempts.spent(lost)))
+        for step in reversed(steps):
             self._scheduler.drop(step.batch)
         self._scheduler.lose_pages()
 
@@ -204,12 +209,16 @@ class ReplicaActor(Actor):
     # Steps.
 
     def _launch(self) -> None:
-        """Start the next step, unless one is on the chip or there is no chip."""
-        if self._step is not None or not self._lane.has_credit:
-            return
-        batch = self._scheduler.next_batch()
-        if batch is None:
-            return
+        """Start the next steps, as far as the chip takes them."""
+        while self._can_launch() and (batch := self._scheduler.next_batch()) is not None:
+            self._launch_batch(batch)
+
+    def _can_launch(self) -> bool:
+        """Not behind a step that does not count. An answer that was lost keeps its step in flight without credit."""
+        is_free = self._lane.has_credit and len(self._in_flight) < DEPTH
+        return is_free and not any(step.is_spoilt for step in self._in_flight)
+
+    def _launch_batch(self, batch: Batch) -> None:
         now_ns = self.ctx.clock.now_ns()
         for row in batch.record.rows:
             serving = self._serving[row.request_id]
@@ -217,29 +226,40 @@ class ReplicaActor(Actor):
                 serving.first_step_ns, serving.num_cached_tokens = now_ns, row.start
         dispatches = build_step(self._programs, batch.step, self._next_dispatch_id)
         self._next_dispatch_id += len(dispatches)
-        self._step = step = _Step(batch, dispatches, now_ns)
+        step = _Step(batch, dispatches, now_ns)
+        self._in_flight.append(step)
         self._record(batch)
         trace_id = self._serving[batch.record.rows[0].request_id].call.trace_id
         after = [[*range(position)][-1:] for position in range(len(dispatches))]  # each works on what the last one left
         self._lane.launch(dispatches, after, lambda outcomes: self._ended(step, outcomes), trace_id)
 
     def _ended(self, step: _Step, outcomes: Sequence[Outcome]) -> None:
-        error = next((outcome for outcome in outcomes if isinstance(outcome, ChipbusError)), None)
-        if isinstance(error, WorkerLost):
+        """Take in what came back, in the order of the steps."""
+        if any(isinstance(outcome, WorkerLost) for outcome in outcomes):
             return  # on_lost says it, and is about more than this step
-        if error is not None:
-            self._step_failed(step, error)
-        else:
-            self._finish_step(step, [outcome for outcome in outcomes if isinstance(outcome, Completion)])
+        step.outcomes = outcomes
+        while self._in_flight and (ended := self._in_flight[0].outcomes) is not None:
+            step = self._in_flight.pop(0)
+            error = next((outcome for outcome in ended if isinstance(outcome, ChipbusError)), None)
+            if step.is_spoilt:
+                self._scheduler.drop(step.batch)
+            elif error is not None:
+                self._step_failed(step, error)
+            else:
+                self._finish_step(step, [outcome for outcome in ended if isinstance(outcome, Completion)])
+        self._launch()
 
     def _step_failed(self, step: _Step, error: ChipbusError) -> None:
-        """A dispatch failed: its requests fail with the chip's words, the others go on."""
-        self._step = None
+        """A dispatch failed: its requests fail with the chip's words, the others go on.
+
+        The step behind it went on from what this one left. What it computes for requests of its own is computed again.
+        """
         self.ctx.log.error("step.failed", step_id=step.batch.record.step_id, error=str(error))
         for row in step.batch.record.rows:
             self._fail(row.request_id, error)
         self._scheduler.drop(step.batch)
-        self._launch()
+        for behind in self._in_flight:
+            behind.is_spoilt = True
 
     def _finish_step(self, step: _Step, completions: Sequence[Completion]) -> None:
         tokens = read_step(step.batch.step, completions)
@@ -247,11 +267,11 @@ class ReplicaActor(Actor):
         self._steps += 1
         self._count(step.dispatches, completions)
         self._prompt_tokens += sum(len(row.tokens) for row in step.batch.step.prefills)
-        self._step = None
         for event in self._scheduler.apply(step.batch, tokens):
             self._deliver(event, now_ns)
-        self._step_ns += self.ctx.clock.now_ns() - step.began_ns
-        self._launch()
+        began_ns = max(step.began_ns, self._last_end_ns)  # steps overlap; their times do not
+        self._last_end_ns = self.ctx.clock.now_ns()
+        self._step_ns += self._last_end_ns - began_ns
 
     def _deliver(self, event: TokenEvent, now_ns: int) -> None:
         serving = self._serving[event.request_id]

@@ -10,6 +10,10 @@ Rank is priority, lower first, and then arrival. One step: first one token of ev
 of prompts in order of rank, then new requests. The first in rank of those running always gets its tokens and pages, so
 among equal priorities every request ends.
 
+A step may be decided while the one before it is computed. The token which that one will choose stands in it as a
+placeholder that the chip fills in; who needs to know it (penalties count tokens) or has no further to come sits out.
+While a step is in flight nobody is preempted: if pages run out, the next step is decided once that one has ended.
+
 Prefix cache: a page filled with prompt tokens is found again by later prompts that begin with the same tokens, from the
 moment the step that filled it was applied; two prompts that are computed at the same time do not share.
 """
@@ -29,11 +33,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, ContextTooLong, Overloaded, RequestInvalid
-from ..kernels.qwen3.step import DecodeRow, Limits, PrefillRow, SampledToken, SampleRow, StepInput
+from ..kernels.qwen3.step import (
+    DecodeRow,
+    Limits,
+    PrefillRow,
+    SampledToken,
+    SampleRow,
+    StepInput,
+    chosen_token,
+)
 from .pages import PagePool, page_keys
 from .sampling import SamplingParams
 
 __all__ = [
+    "DEPTH",
     "Batch",
     "BatchRecord",
     "BatchRow",
@@ -49,6 +62,9 @@ __all__ = [
 
 Int32 = NDArray[np.int32]
 _NO_IDS: Int32 = np.zeros(0, np.int32)
+
+DEPTH = 2
+"""Steps in flight at once. A placeholder reaches one step back, so more would need more than one."""
 
 
 @attrs.frozen(kw_only=True)
@@ -147,15 +163,27 @@ class _Request:
     banned: Int32  # ids not to be chosen before min_tokens
     keys: Sequence[bytes]  # of the whole pages of its prompt; none if nothing is to be cached
     generated: list[int]
+    has_penalties: bool
     is_running: bool = False
     is_new: bool = True  # until it is admitted first
-    computed: int = 0  # leading tokens whose keys and values are in the pages
+    unknown: int = 0  # tokens that steps in flight choose, one each
+    row: int = -1  # buffer row that its last token was chosen from
+    computed: int = 0  # leading tokens whose keys and values are in the pages, once the steps in flight have ended
     pages: list[int] = attrs.field(factory=list)
     block_table: Int32 = _NO_IDS  # the pages as an array; replaced, never changed, since steps in flight refer to it
 
     @property
+    def num_generated(self) -> int:
+        return len(self.generated) + self.unknown
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.generated)
+        return len(self.prompt) + self.num_generated
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether its next row can be decided now: no end is in sight, and nothing depends on a token not known yet."""
+        return not self.unknown or (self.num_generated < self.max_new_tokens and not self.has_penalties)
 
     @property
     def decodes(self) -> bool:
@@ -175,10 +203,7 @@ class _Planned:
     request: _Request
     start: int
     length: int
-
-    @property
-    def samples(self) -> bool:
-        return self.start + self.length == self.request.num_tokens
+    samples: bool
 
 
 @attrs.define(eq=False)
@@ -188,6 +213,7 @@ class _StepPlan:
     budget: int  # tokens it can still take
     rows: dict[_Request, _Planned] = attrs.field(factory=dict)
     preempted: list[_Request] = attrs.field(factory=list)
+    is_short: bool = False  # of pages, while a step in flight holds some
 
     def preempt(self, request: _Request) -> None:
         """Take a request out again; tokens planned for it return to the budget."""
@@ -227,7 +253,8 @@ def stop_ids(params: SamplingParams, eos_token_ids: Iterable[int]) -> frozenset[
 class Scheduler:
     """Batch decisions of one replica core. Same calls, same decisions.
 
-    The core calls ``next_batch``, has the step computed, and calls ``apply`` (``drop``, if it failed) before the next.
+    The core calls ``next_batch``, has the step computed, and calls ``apply`` (or ``drop``, if it failed); up to
+    ``DEPTH`` steps may be in flight, computed one after another.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -241,7 +268,7 @@ class Scheduler:
         self._requests: dict[str, _Request] = {}
         self._running: list[_Request] = []  # by rank
         self._waiting: list[_Request] = []  # by rank
-        self._in_flight: Batch | None = None
+        self._in_flight: list[Batch] = []  # in the order in which they are computed
         self._arrivals = 0
         self._steps = 0
         self.preemptions = 0
@@ -258,8 +285,8 @@ class Scheduler:
 
     @property
     def pages_free(self) -> int:
-        """KV pages nobody holds; all of them when there is no request and no step in flight."""
-        return self._pool.num_free
+        """KV pages no request holds; all of them when there is none. Some a step in flight may still write."""
+        return self._pool.num_pages - len({page for request in self._running for page in request.pages})
 
     @property
     def pages_cached(self) -> int:
@@ -339,6 +366,7 @@ class Scheduler:
             banned=banned,
             keys=page_keys(prompt, self._page_size) if self._config.prefix_cache else (),
             generated=generated.tolist(),
+            has_penalties=(params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0, 0, 1),
         )
         if len(generated) > request.max_new_tokens:
             raise RequestInvalid(
@@ -354,7 +382,7 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """Forget a request in whatever state; False if it is unknown (it may have ended).
 
-        Its pages are free at once, except those a step in flight writes: they, when that step is applied or dropped.
+        Its pages are free at once. Those a step in flight writes are given out again when it is applied or dropped.
         """
         request = self._requests.pop(request_id, None)
         if request is None:
@@ -367,27 +395,31 @@ class Scheduler:
         return True
 
     def next_batch(self) -> Batch | None:
-        """Decide the next step; None if there is nothing to compute. The one before was applied or dropped."""
-        assert self._in_flight is None, "a step is in flight"
+        """Decide the next step; None if there is nothing to compute, or nothing before a step in flight has ended."""
+        assert len(self._in_flight) < DEPTH, f"{len(self._in_flight)} steps are in flight"
         plan = _StepPlan(budget=self._limits.max_num_batched_tokens)
         for decodes in (True, False):
             for request in tuple(self._running):
-                if request.decodes == decodes and request not in plan.preempted:
+                if request.decodes == decodes and request.can_go_on and request not in plan.preempted:
                     self._plan(plan, request)
+        if plan.is_short:
+            return None
         while plan.budget and not plan.preempted and (admitted := self._admit()) is not None:
             self._plan(plan, admitted)
         self.preemptions += len(plan.preempted)
         if not plan.rows:
             return None
         self._steps += 1
-        self._in_flight = self._batch(plan)
-        return self._in_flight
+        batch = self._batch(plan)
+        self._in_flight.append(batch)
+        return batch
 
     def apply(self, batch: Batch, tokens: Sequence[SampledToken]) -> tuple[TokenEvent, ...]:
-        """The step was computed; ``tokens`` as ``read_step`` gives them. Requests aborted meanwhile have no event.
+        """The oldest step was computed; ``tokens`` as ``read_step`` gives them. Who was aborted meanwhile has no event.
 
         A request whose event has an ending is forgotten, and its pages are free.
         """
+        assert batch is self._in_flight[0], "this step is not the oldest in flight"
         chosen = iter(tokens)
         events = []
         for plan in batch._planned:
@@ -395,22 +427,32 @@ class Scheduler:
             request = plan.request
             if self._requests.get(request.request_id) is not request:  # aborted; its id may be in use again
                 continue
-            request.computed += plan.length
-            self._enter_pages(request, plan.start)
+            self._enter_pages(request, plan.start, plan.start + plan.length)
             if token is not None:
                 events.append(self._advance(request, token))
-        self.drop(batch)
+        self._forget(batch)
         return tuple(events)
 
     def drop(self, batch: Batch) -> None:
-        """The step will never be computed. Its requests stay as they were before it; abort those that cannot go on."""
-        assert batch is self._in_flight, "this step is not in flight"
-        self._in_flight = None
+        """The step will never be computed, or does not count. Its requests are again as they were before it.
+
+        Those that cannot go on, or that a later step in flight computes, must have been aborted.
+        """
+        for plan in batch._planned:
+            request = plan.request
+            if self._requests.get(request.request_id) is request:
+                assert request.computed == plan.start + plan.length, "a later step goes on from this one"
+                request.computed = plan.start
+                request.unknown -= plan.samples
+        self._forget(batch)
+
+    def _forget(self, batch: Batch) -> None:
+        self._in_flight.remove(batch)
         self._pool.release(batch._held)
 
     def lose_pages(self) -> None:
         """The chip lost its memory: all requests wait, and their tokens so far will be computed again."""
-        assert self._in_flight is None, "a step is in flight"
+        assert not self._in_flight, "a step is in flight"
         while self._running:
             self._preempt_last()
         self._pool.forget()
@@ -428,15 +470,19 @@ class Scheduler:
             assert request.computed < request.num_tokens <= self._context
             assert request.computed <= len(request.pages) * self._page_size
             assert request.block_table.tolist() == request.pages
+            choosing = [p for batch in self._in_flight for p in batch._planned if p.request is request and p.samples]
+            assert request.unknown == len(choosing)
+            assert request.num_generated <= request.max_new_tokens
         for request in self._waiting:
             assert not request.pages
             assert not request.computed
+            assert not request.unknown
         self._check_pages()
 
     def _check_pages(self) -> None:
         """Every reference has its holder, and only pages that nobody writes any more are shared."""
         holders = Counter(page for request in self._running for page in request.pages)
-        held = Counter(self._in_flight._held if self._in_flight else ())
+        held = Counter(page for batch in self._in_flight for page in batch._held)
         for page in range(self._pool.num_pages):
             assert self._pool.references(page) == holders[page] + held[page], f"page {page} is held by nobody known"
             assert holders[page] <= 1 or self._pool.key(page) is not None, f"page {page} is owned twice"
@@ -445,8 +491,8 @@ class Scheduler:
                 key = self._pool.key(page)
                 assert key is None or request.keys[position : position + 1] == [key], f"page {page} holds other tokens"
                 assert key is None or (position + 1) * self._page_size <= request.computed
-        if self._in_flight is not None:
-            step = self._in_flight.step
+        for batch in self._in_flight:
+            step = batch.step
             spans = [(row.block_table, row.start, row.start + len(row.tokens)) for row in step.prefills]
             spans += [(row.block_table, row.position, row.position + 1) for row in step.decodes]
             slots = [
@@ -455,8 +501,9 @@ class Scheduler:
                 for at in range(begin, end)
             ]
             assert len(slots) == len(set(slots)) <= self._limits.max_num_batched_tokens
-            assert {page for page, _ in slots} == held.keys(), "a step writes a page that is not kept for it"
-            assert all(self._pool.key(page) is None for page in held), "a step writes a page that others may read"
+            assert {page for page, _ in slots} == set(batch._held), "a step writes a page that is not kept for it"
+            assert len(batch._held) == len(set(batch._held)), "two rows write to one page"
+        assert all(self._pool.key(page) is None for page in held), "a step writes a page that others may read"
 
     def _plan(self, plan: _StepPlan, request: _Request) -> None:
         """Give a running request its tokens of this step, and the pages for them, at the cost of those behind it."""
@@ -465,15 +512,19 @@ class Scheduler:
             left = len(request.prompt) - request.computed
             length = min(left, self._config.prefill_chunk_tokens, plan.budget)
         if length and self._grow(plan, request, request.computed + length):
-            plan.rows[request] = _Planned(request, request.computed, length)
+            end = request.computed + length
+            plan.rows[request] = _Planned(request, request.computed, length, end == request.num_tokens)
             plan.budget -= length
 
     def _grow(self, plan: _StepPlan, request: _Request, num_tokens: int) -> bool:
-        """Make the pages of ``request`` cover ``num_tokens``, preempting from the last; False if that is itself."""
+        """Make the pages of ``request`` cover ``num_tokens``, preempting from the last; False if it gets none now."""
         missing = self._pages_for(num_tokens) - len(request.pages)
         if missing <= 0:
             return True
         while (pages := self._pool.allocate(missing, request.pages[-1] if request.pages else None)) is None:
+            if self._in_flight:
+                plan.is_short = True
+                return False
             victim = self._preempt_last()
             plan.preempt(victim)
             if victim is request:
@@ -509,9 +560,9 @@ class Scheduler:
             self.prefix_hits += request.computed
         return request
 
-    def _enter_pages(self, request: _Request, start: int) -> None:
-        """Let later prompts find the pages that were filled with prompt tokens since position ``start``."""
-        for number in range(start // self._page_size, min(request.computed // self._page_size, len(request.keys))):
+    def _enter_pages(self, request: _Request, start: int, end: int) -> None:
+        """Let later prompts find the pages that positions ``start`` … ``end - 1`` have filled up with prompt tokens."""
+        for number in range(start // self._page_size, min(end // self._page_size, len(request.keys))):
             self._pool.enter(request.pages[number], request.keys[number])
 
     def _pages_for(self, num_tokens: int) -> int:
@@ -533,6 +584,7 @@ class Scheduler:
     def _advance(self, request: _Request, token: SampledToken) -> TokenEvent:
         """Take one more generated token, and end the request if it is the last."""
         request.generated.append(token.token_id)
+        request.unknown -= 1
         ending = self._ending(request)
         if ending is not None:
             self.abort(request.request_id)
@@ -549,22 +601,28 @@ class Scheduler:
         return Ending("length") if len(request.generated) == request.max_new_tokens else None
 
     def _batch(self, plan: _StepPlan) -> Batch:
-        """The decision as record and as chip input. Buffer rows are numbered in the order of the step's rows."""
+        """The decision as record and as chip input. Buffer rows are numbered in the order of the step's rows.
+
+        From here on the requests count as computed so far.
+        """
         prefills, decodes, samples, record, held = [], [], [], [], []
         buffer_rows = itertools.count()
         for planned in plan.rows.values():
             request, start, end = planned.request, planned.start, planned.start + planned.length
             if request.decodes:
-                row = next(buffer_rows)
-                token = request.generated[start - len(request.prompt)]
+                row, index = next(buffer_rows), start - len(request.prompt)
+                is_known = index < len(request.generated)
+                token = request.generated[index] if is_known else chosen_token(request.row)
                 decodes.append(DecodeRow(token=token, position=start, block_table=request.block_table, row=row))
             else:
                 row = next(buffer_rows) if planned.samples else -1
                 tokens = request.prompt[start:end]
                 prefills.append(PrefillRow(tokens=tokens, start=start, block_table=request.block_table, row=row))
+            kind = RowKind.DECODE if request.decodes else RowKind.PREFILL
             if planned.samples:
                 samples.append(_sample_row(request, row))
-            kind = RowKind.DECODE if request.decodes else RowKind.PREFILL
+                request.unknown, request.row = request.unknown + 1, row
+            request.computed = end
             record.append(BatchRow(request.request_id, kind, start, planned.length, planned.samples))
             held += request.pages[start // self._page_size : self._pages_for(end)]
         self._pool.share(held)
@@ -592,8 +650,7 @@ def _remove(requests: list[_Request], request: _Request) -> None:
 
 
 def _sample_row(request: _Request, row: int) -> SampleRow:
-    params, index = request.params, len(request.generated)
-    has_penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0, 0, 1)
+    params, index, has_penalties = request.params, request.num_generated, request.has_penalties
     return SampleRow(
         row=row,
         temperature=params.temperature,

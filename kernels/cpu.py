@@ -25,7 +25,7 @@ from .native.shapes import engine_of
 from .program import DTYPE_BYTES, TensorSpec
 from .qwen3 import graphs
 from .qwen3.model import ModelSpec
-from .qwen3.rows import check_rows, plan_rows, split_ragged
+from .qwen3.rows import check_rows, known_tokens, plan_rows, split_ragged
 from .qwen3.step import SAMPLE_COLUMNS
 from .sampling import Choice, choose
 from .torch_chip import Executor, Launch, Runner, TorchChip
@@ -127,11 +127,18 @@ def _wrote_slots(launch: Launch, name: str, slots: NDArray[Any]) -> None:
     launch.wrote(name, pieces)
 
 
-def _forward(launch: Launch, trace: _Trace, lengths: NDArray[Any], starts: str, buckets: tuple[int, ...]) -> None:
+def _forward(
+    launch: Launch,
+    trace: _Trace,
+    tokens: NDArray[Any],
+    lengths: NDArray[Any],
+    starts: str,
+    buckets: tuple[int, ...],
+) -> None:
     plan = plan_rows(
         launch.where,
         launch.static,
-        launch.array("tokens"),
+        tokens,
         launch.array(starts),
         lengths,
         launch.array("block_tables"),
@@ -155,12 +162,13 @@ def _position_bytes(static: Mapping[str, Any]) -> int:
 
 
 def _prefill(launch: Launch) -> None:
-    _forward(launch, graphs.trace_prefill, launch.array("lengths"), "starts", graphs.PREFILL_BUCKETS)
+    tokens, lengths = launch.array("tokens"), launch.array("lengths")
+    _forward(launch, graphs.trace_prefill, tokens, lengths, "starts", graphs.PREFILL_BUCKETS)
 
 
 def _decode(launch: Launch) -> None:
-    lengths = np.ones_like(launch.array("tokens"))
-    _forward(launch, graphs.trace_decode, lengths, "positions", graphs.ROW_BUCKETS)
+    tokens = known_tokens(launch.where, launch.array("tokens"), launch.tensor("chosen").numpy())
+    _forward(launch, graphs.trace_decode, tokens, np.ones_like(tokens), "positions", graphs.ROW_BUCKETS)
 
 
 def _by_rows(launch: Launch, trace: _Trace, target: str) -> None:
@@ -204,7 +212,10 @@ def _sample(launch: Launch) -> None:
         count = min(len(one.top_ids), widest)
         top_ids[at, :count], top_logprobs[at, :count] = one.top_ids[:count], one.top_logprobs[:count]
         chosen.append(one)
-    launch.give("token_ids", np.array([one.token_id for one in chosen], np.int32))
+    token_ids = np.array([one.token_id for one in chosen], np.int32)
+    launch.tensor("chosen").numpy()[rows] = token_ids
+    _wrote_rows(launch, "chosen", rows)
+    launch.give("token_ids", token_ids)
     launch.give("logprobs", np.array([one.logprob for one in chosen], np.float32))
     launch.give("top_ids", top_ids)
     launch.give("top_logprobs", top_logprobs)

@@ -27,7 +27,7 @@ from .faults import Fault
 from .graph import Tile
 from .null_tiles import corrupted_tile, null_values, task_flop, tile_bytes
 from .program import DTYPE_BYTES, Direction, Program, TensorSpec, nbytes
-from .qwen3.rows import RowPlan, check_rows, plan_rows, split_ragged
+from .qwen3.rows import RowPlan, check_rows, known_tokens, plan_rows, split_ragged
 
 __all__ = ["CostTable", "Fault", "NullChip", "null_token"]
 
@@ -300,6 +300,11 @@ class _Run:
         count = self.static["max_num_seqs"]
         return self.chip.marks(self.args[name].resident, lambda: {"row": np.full((count, 2), -1, np.int64)})["row"]
 
+    def chosen(self) -> NDArray[np.int32]:
+        """The token chosen last for each row, -1 if none was."""
+        count = self.static["max_num_seqs"]
+        return self.chip.marks(self.args["chosen"].resident, lambda: {"token": np.full(count, -1, np.int32)})["token"]
+
     def wrote(self, name: str, content: NDArray[Any]) -> None:
         data = content.tobytes()
         if self.is_corrupt and data:
@@ -381,6 +386,7 @@ def _prefill(run: _Run) -> tuple[float, float]:
 
 def _decode(run: _Run) -> tuple[float, float]:
     tokens, positions, tables, rows = (run.array(name) for name in ("tokens", "positions", "block_tables", "rows"))
+    tokens = known_tokens(run.where, tokens, run.chosen())
     return _forward(run, plan_rows(run.where, run.static, tokens, positions, np.ones_like(tokens), tables, rows))
 
 
@@ -423,6 +429,8 @@ def _sample(run: _Run) -> tuple[float, float]:
             token = (token + 1) % vocab
         tokens.append(token)
     chosen = np.array(tokens, np.int32)
+    run.chosen()[rows] = chosen
+    run.wrote("chosen", chosen)
     ranks = np.arange(widest, dtype=np.int32)
     run.give("token_ids", chosen)
     run.give("logprobs", np.full(len(rows), -0.5, np.float32))

@@ -121,7 +121,7 @@ class LocalEngine:
             if isinstance(actor, ReplicaActor):
                 scheduler = actor._scheduler
                 scheduler.check_integrity()
-                if actor._serving or actor._step or scheduler.pages_free != scheduler.pages_total:
+                if actor._serving or actor._in_flight or scheduler.pages_free != scheduler.pages_total:
                     return False
         return True
 

@@ -57,12 +57,13 @@ class Replica:
         self.system.run_until(lambda: "replica.0" in self.asker.ctx.peers())
 
     def start_chip(self, *faults: Fault) -> None:
-        self.system.spawn("chip.0.0", FaultyChip(*faults), connect=("replica.0", "supervisor"))
+        self.chip = FaultyChip(*faults)
+        self.system.spawn("chip.0.0", self.chip, connect=("replica.0", "supervisor"))
 
     def finish(self) -> None:
         """Run until every ask has ended; then nothing of any request is held."""
         self.system.run_until(lambda: all(answer.is_over for answer in self.asker.answers), limit_s=1000)
-        self.system.run_until(lambda: self.core._step is None, limit_s=100)
+        self.system.run_until(lambda: not self.core._in_flight, limit_s=100)
         scheduler = self.core._scheduler
         scheduler.check_integrity()
         assert scheduler.pages_free == scheduler.pages_total

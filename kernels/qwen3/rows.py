@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...errors import KernelError
 
-__all__ = ["RowPlan", "check_rows", "plan_rows", "split_ragged"]
+__all__ = ["RowPlan", "check_rows", "known_tokens", "plan_rows", "split_ragged"]
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -96,6 +96,22 @@ def plan_rows(
         if len(set(wanted)) != len(wanted):
             raise KernelError(f"{where}: two rows share an output row in {row_list[:8]}")
     return RowPlan(tokens, positions, slots, starts.tolist(), ends.tolist(), offsets.tolist(), tables, row_list)
+
+
+def known_tokens(where: str, tokens: Int32, chosen: Int32) -> Int32:
+    """The ids of decode's ``tokens`` (B,): a negative one, -1 - row, stands for ``chosen`` (rows,) at that row.
+
+    Raises ``KernelError`` for a row that is not there.
+    """
+    is_chosen = tokens < 0
+    if not is_chosen.any():
+        return tokens
+    rows = np.where(is_chosen, -1 - tokens, 0)
+    if int(rows.max()) >= len(chosen):
+        raise KernelError(
+            f"{where}: a token is the one chosen for row {int(rows.max())}; rows are 0 to {len(chosen) - 1}"
+        )
+    return np.where(is_chosen, chosen[rows], tokens)
 
 
 def check_rows(where: str, static: Mapping[str, Any], rows: Int32) -> Int32:

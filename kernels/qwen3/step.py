@@ -5,6 +5,10 @@ Owns nothing: values in, values out, no torch. A replica core builds dispatches 
     prefill ─┐                                   (weights, k_cache, v_cache: resident, shared by all programs)
              ├─▶ hidden ─▶ final_norm ─▶ normed ─▶ lm_head ─▶ logits ─▶ sample ─▶ token ids, log-probabilities
     decode ──┘   one row per running sequence; the buffers stay on the chip between the programs
+       ▲                                                                              │
+       └────────────────────────── chosen, also on the chip ◀─────────────────────────┘
+
+So a step can be sent before the tokens of the one before it are known: see ``chosen_token``.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ __all__ = [
     "SampledToken",
     "StepInput",
     "build_step",
+    "chosen_token",
     "read_step",
 ]
 
@@ -39,7 +44,7 @@ Int32 = NDArray[np.int32]
 _NO_IDS: Int32 = np.zeros(0, np.int32)
 
 # Resident ids, per chip. One model per chip, so they are constants.
-_WEIGHTS, _K_CACHE, _V_CACHE, _HIDDEN, _NORMED, _LOGITS = range(1, 7)
+_WEIGHTS, _K_CACHE, _V_CACHE, _HIDDEN, _NORMED, _LOGITS, _CHOSEN = range(1, 8)
 
 SAMPLE_COLUMNS = (
     "temperature",
@@ -61,7 +66,7 @@ class Limits:
     """What one replica is sized for. Checked when made: ``ConfigError``."""
 
     max_num_seqs: int
-    """Sequences running at once: rows of the hidden, normed and logits buffers."""
+    """Sequences running at once: rows of the hidden, normed, logits and chosen buffers."""
     max_num_batched_tokens: int
     """Prompt tokens of one step."""
     max_model_len: int
@@ -95,7 +100,7 @@ class ModelPrograms:
     lm_head: Program
     sample: Program
     tensors: tuple[TensorSpec, ...]
-    """To allocate in this order: weights, key cache, value cache, hidden, normed, logits."""
+    """To allocate in this order: weights, key cache, value cache, hidden, normed, chosen, logits."""
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -116,6 +121,7 @@ class ModelPrograms:
             TensorSpec(_V_CACHE, spec.dtype, cache_shape),
             TensorSpec(_HIDDEN, spec.dtype, (rows, spec.hidden_size)),
             TensorSpec(_NORMED, spec.dtype, (rows, spec.hidden_size)),
+            TensorSpec(_CHOSEN, "int32", (rows,)),
             TensorSpec(_LOGITS, "float32", (rows, spec.vocab_size)),
         )
 
@@ -128,7 +134,7 @@ class ModelPrograms:
         def wanted(name: str, dtype: str, *shape: int | str) -> Param:
             return Param(name, dtype, shape, Direction.OUT)
 
-        parameters, k_cache, v_cache, hidden, normed, logits = tensors
+        parameters, k_cache, v_cache, hidden, normed, chosen, logits = tensors
         state = (
             kept("weights", parameters),
             kept("k_cache", k_cache, Direction.INOUT),
@@ -180,6 +186,7 @@ class ModelPrograms:
                 given("positions", "B"),
                 given("block_tables", "B", "P"),
                 given("rows", "B"),
+                kept("chosen", chosen),
             ),
             final_norm=program(
                 "final_norm",
@@ -208,6 +215,7 @@ class ModelPrograms:
                 wanted("logprobs", "float32", "N"),
                 wanted("top_ids", "int32", "N", "K"),
                 wanted("top_logprobs", "float32", "N", "K"),
+                kept("chosen", chosen, Direction.OUT),
             ),
         )
 
@@ -230,7 +238,7 @@ class PrefillRow:
 class DecodeRow:
     """One more token of one sequence: ``token`` takes ``position``; its hidden state goes to ``row``."""
 
-    token: int
+    token: int  # an id, or ``chosen_token`` of a row
     position: int
     block_table: Int32
     row: int
@@ -287,6 +295,11 @@ class SampledToken:
     top_logprobs: tuple[float, ...] = ()
 
 
+def chosen_token(row: int) -> int:
+    """Stands for the token that ``sample`` chose for buffer row ``row`` when it last ran, in an earlier step."""
+    return -1 - row
+
+
 def build_step(programs: ModelPrograms, step: StepInput, first_dispatch_id: int) -> tuple[Dispatch, ...]:
     """The dispatches of one step, in launch order: prefill, decode, final_norm, lm_head, sample, as far as needed."""
     planned: list[tuple[Program, tuple[Arg, ...]]] = []
@@ -294,13 +307,13 @@ def build_step(programs: ModelPrograms, step: StepInput, first_dispatch_id: int)
     if step.prefills:
         planned.append((programs.prefill, state + _prefill_args(step.prefills)))
     if step.decodes:
-        planned.append((programs.decode, state + _decode_args(step.decodes)))
+        planned.append((programs.decode, (*state, *_decode_args(step.decodes), Arg(resident=_CHOSEN))))
     if step.samples:
         rows = _ints([sample.row for sample in step.samples])
         weights, hidden, normed, logits = (Arg(resident=id_) for id_ in (_WEIGHTS, _HIDDEN, _NORMED, _LOGITS))
         planned.append((programs.final_norm, (weights, hidden, normed, rows)))
         planned.append((programs.lm_head, (weights, normed, logits, rows)))
-        planned.append((programs.sample, (logits, rows, *_sample_args(step.samples))))
+        planned.append((programs.sample, (logits, rows, *_sample_args(step.samples), Arg(resident=_CHOSEN))))
     return tuple(
         Dispatch(dispatch_id=first_dispatch_id + index, step_id=step.step_id, program=program.digest, args=args)
         for index, (program, args) in enumerate(planned)

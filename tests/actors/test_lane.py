@@ -150,7 +150,7 @@ def decode(dispatch_id: int, token: int = 3, page: int = 0) -> Dispatch:
 
 
 def _resident(name: str) -> int:
-    order = ("weights", "k_cache", "v_cache", "hidden", "normed", "logits")
+    order = ("weights", "k_cache", "v_cache", "hidden", "normed", "chosen", "logits")
     return PROGRAMS.tensors[order.index(name)].resident
 
 

@@ -16,7 +16,7 @@ from chipbus.actors.messages.serving import Submit
 from chipbus.actors.messages.tree import ReplicaStatisticsRequest
 from chipbus.actors.sampling import SamplingParams
 from chipbus.bus import pack_tokens
-from chipbus.errors import Aborted, ContextTooLong, KernelError, Overloaded, RequestInvalid, WorkerDied
+from chipbus.errors import Aborted, ChipbusError, ContextTooLong, KernelError, Overloaded, RequestInvalid, WorkerDied
 from chipbus.kernels.null import Fault
 
 
@@ -72,7 +72,9 @@ def test_a_request_that_only_costs_chips_is_refused_and_the_others_go_on() -> No
     [poison, innocent] = ask(replica, [20, 21], [22, 23])
     for life in (1, 2, 3, 4):
         assert not poison.is_over
-        replica.system.run_until(lambda n=life: replica.core.ctx.peers().get("chip.0.0") == n and replica.core._step)
+        replica.system.run_until(
+            lambda n=life: replica.core.ctx.peers().get("chip.0.0") == n and replica.core._in_flight
+        )
         replica.system.kill("chip.0.0", "signal 11 (SIGSEGV)")
         replica.start_chip()
     replica.finish()
@@ -89,7 +91,7 @@ def test_a_request_that_gets_on_survives_any_number_of_chips() -> None:
     replica = Replica(7)
     [answer] = ask(replica, [20, 21])
     for count in range(1, 10):
-        replica.system.run_until(lambda n=count: len(answer.tokens) >= n and replica.core._step is not None)
+        replica.system.run_until(lambda n=count: len(answer.tokens) >= n and replica.core._in_flight != [])
         replica.system.kill("chip.0.0", "signal 9 (SIGKILL)")
         replica.start_chip()
     replica.finish()
@@ -162,6 +164,57 @@ def test_a_failed_dispatch_fails_its_requests_and_no_others() -> None:
 
     assert isinstance(failing.error, KernelError)
     assert fine.tokens == expected([22, 23], 10)
+
+
+@pytest.mark.guarantee("R65")
+@settings(deadline=None, max_examples=40, print_blob=True)
+@given(seed=st.integers(0, 2**16), behind=st.integers(1, 9), after_tokens=st.integers(1, 6))
+def test_a_failed_dispatch_spares_the_step_behind_it(seed: int, behind: int, after_tokens: int) -> None:
+    replica = Replica(seed)
+    failed: list[set[str]] = []
+    fail = replica.core._step_failed
+
+    def step_failed(step: Any, error: ChipbusError) -> None:
+        failed.append({row.request_id for row in step.batch.record.rows if row.request_id in replica.core._serving})
+        fail(step, error)
+
+    replica.core._step_failed = step_failed  # type: ignore[method-assign]
+    prompts = [[20, 21, 22], list(range(30, 50)), [60], [70, 71]]
+    ask(replica, *prompts[:2])
+    first = replica.asker.answers[0]
+    replica.system.run_until(lambda: len(first.items) >= after_tokens)
+    chip = replica.chip._chip
+    assert isinstance(chip, NullChip)
+    chip._faults = (Fault(dispatch=chip._launches + behind, kind="fail"),)
+    ask(replica, *prompts[2:])
+    replica.finish()
+
+    answers = {answer.message.request_id: answer for answer in replica.asker.answers}
+    assert len(failed) == 1, "what fails behind it, because it failed, does not count"
+    assert {name for name, answer in answers.items() if answer.error is not None} == failed[0]
+    for answer, prompt in zip(answers.values(), prompts, strict=True):
+        assert answer.tokens == expected(prompt, 10)[: len(answer.tokens)]
+        assert len(answer.tokens) == 10 or isinstance(answer.error, KernelError)
+
+
+@pytest.mark.guarantee("R66")
+def test_the_chip_has_its_next_step_before_it_is_done_with_one() -> None:
+    replica = Replica(3)
+    [answer] = ask(replica, [20, 21], max_tokens=40)
+    replica.system.run_until(lambda: len(answer.tokens) == 3)
+    idle = []
+    finish = replica.core._finish_step
+
+    def finish_step(step: Any, completions: Any) -> None:
+        idle.append(replica.chip._jobs_given == replica.chip._jobs_done)
+        finish(step, completions)
+
+    replica.core._finish_step = finish_step  # type: ignore[method-assign]
+    replica.finish()
+
+    assert answer.tokens == expected([20, 21], 40)
+    assert idle == [False] * (len(idle) - 1) + [True]
+    assert len(idle) > 30
 
 
 def test_a_cancelled_request_gives_its_pages_back_at_once() -> None:

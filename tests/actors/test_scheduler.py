@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 
@@ -12,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chipbus.actors.sampling import SamplingParams
-from chipbus.actors.scheduler import Batch, BatchRow, Scheduler, SchedulerConfig, TokenEvent, uniform
-from chipbus.errors import ContextTooLong, Overloaded, RequestInvalid
+from chipbus.actors.scheduler import DEPTH, Batch, BatchRow, Scheduler, SchedulerConfig, TokenEvent, uniform
+from chipbus.errors import ContextTooLong, KernelError, Overloaded, RequestInvalid
+from chipbus.kernels.dispatch import Completion
 from chipbus.kernels.null import NullChip, null_token
 from chipbus.kernels.qwen3.model import ModelSpec
-from chipbus.kernels.qwen3.step import Limits, ModelPrograms, SampledToken, build_step, read_step
+from chipbus.kernels.qwen3.step import Limits, ModelPrograms, SampledToken, build_step, chosen_token, read_step
 
 VOCAB = 64
 EOS = (3, 5)
@@ -59,6 +61,8 @@ class Core:
             self.chip.alloc(tensor)
         for program in self.programs.programs:
             self.chip.register(program)
+        self.depth = 1  # steps in flight while it runs
+        self.in_flight: list[Batch] = []
         self.dispatch_ids = itertools.count(1, 10)
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, tuple[str, int | None]] = {}
@@ -76,14 +80,24 @@ class Core:
         if batch is not None:
             assert not batch.record.preempted or ran >= {row.request_id for row in batch.record.rows}
             assert ran >= set(batch.record.preempted), "admitted only to be preempted"
+            assert not batch.record.preempted or not self.in_flight, "preempted while a step writes its pages"
             self.batches.append(batch)
+            self.in_flight.append(batch)
             self.check(batch)
         return batch
 
-    def end(self, batch: Batch) -> tuple[TokenEvent, ...]:
+    def compute(self, batch: Batch) -> list[Completion]:
         dispatches = build_step(self.programs, batch.step, next(self.dispatch_ids))
-        completions = [self.chip.launch(dispatch) for dispatch in dispatches]
-        events = self.scheduler.apply(batch, read_step(batch.step, completions))
+        return [self.chip.launch(dispatch) for dispatch in dispatches]
+
+    def drop(self, batch: Batch) -> None:
+        self.in_flight.remove(batch)
+        self.scheduler.drop(batch)
+        self.scheduler.check_integrity()
+
+    def end(self, batch: Batch) -> tuple[TokenEvent, ...]:
+        self.in_flight.remove(batch)
+        events = self.scheduler.apply(batch, read_step(batch.step, self.compute(batch)))
         self.scheduler.check_integrity()
         for event in events:
             assert event.request_id not in self.ends
@@ -94,7 +108,10 @@ class Core:
         return events
 
     def step(self) -> Batch | None:
-        batch = self.begin()
+        """Begin as many as may be in flight, and end the oldest; None if there is nothing to do."""
+        while len(self.in_flight) < self.depth and self.begin() is not None:
+            pass
+        batch = self.in_flight[0] if self.in_flight else None
         if batch is not None:
             self.end(batch)
         return batch
@@ -128,8 +145,8 @@ class Core:
         assert batch.record.step_id == batch.step.step_id
         used = {row.request_id: row.length for row in rows}
         for request in self.scheduler._running:
-            left = len(request.prompt) - request.computed
-            if used.get(request.request_id, 0) < min(left, self.config.prefill_chunk_tokens):
+            left = len(request.prompt) - request.computed  # behind this step
+            if left > 0 and used.get(request.request_id, 0) < self.config.prefill_chunk_tokens:
                 assert sum(used.values()) == limits.max_num_batched_tokens, "tokens were left over"
 
 
@@ -188,8 +205,10 @@ def test_a_long_prompt_does_not_stop_decode_and_decode_does_not_starve_a_prompt(
 
 
 @pytest.mark.guarantee("R8")
-def test_when_pages_run_out_the_youngest_waits_and_its_tokens_do_not_change():
+@pytest.mark.parametrize("depth", range(1, DEPTH + 1))
+def test_when_pages_run_out_the_youngest_waits_and_its_tokens_do_not_change(depth):
     core = Core(num_pages=6, max_model_len=24)
+    core.depth = depth
     requests = {name: (prompt(20 + i, 21 + i, 22), params(max_tokens=12)) for i, name in enumerate("abc")}
     for name, (ids, params_) in requests.items():
         core.add(name, ids, params_)
@@ -351,9 +370,12 @@ def test_pages_of_an_aborted_request_stay_taken_while_a_step_writes_them():
     batch = core.begin()
     assert core.scheduler.abort("a")
     core.scheduler.check_integrity()
-    assert core.scheduler.pages_free == 0
+    assert (core.scheduler.pages_free, core.scheduler._pool.num_free) == (2, 0)
+    core.add("b", prompt(20))
+    assert core.begin() is None, "no page can be given to another request"
     assert core.end(batch) == ()
-    assert core.scheduler.pages_free == 2
+    assert core.scheduler._pool.num_free == 2
+    assert [row.request_id for row in core.begin().record.rows] == ["b"]
     assert not core.scheduler.abort("a")
 
 
@@ -372,8 +394,7 @@ def test_a_dropped_step_is_decided_again():
     core = Core()
     core.add("a", prompt(20, 21))
     first = core.begin()
-    core.scheduler.drop(first)
-    core.scheduler.check_integrity()
+    core.drop(first)
     again = core.step()
     assert again.record == attrs.evolve(first.record, step_id=2)
     core.run()
@@ -438,7 +459,7 @@ def test_a_sample_row_carries_the_settings_and_history_only_for_penalties():
 
 
 @st.composite
-def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[object, ...]]]:
+def traffic(draw: st.DrawFn) -> tuple[dict[str, int], int, list[tuple[object, ...]]]:
     page_size = draw(st.integers(1, 5))
     changes = {
         "page_size": page_size,
@@ -470,20 +491,22 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[object, ...]]]:
     moves = st.one_of(
         st.tuples(st.just("add"), ids, wants, st.integers(-1, 1)),
         st.tuples(st.just("steps"), st.integers(1, 9)),
+        st.tuples(st.just("begin")),
         st.tuples(st.just("abort"), st.integers(0, 20)),
-        st.tuples(st.just("abort in flight"), st.integers(0, 20)),
         st.tuples(st.just("drop")),
+        st.tuples(st.just("fail")),
         st.tuples(st.just("lose pages")),
     )
-    return changes, draw(st.lists(moves, max_size=30))
+    return changes, draw(st.integers(1, DEPTH)), draw(st.lists(moves, max_size=30))
 
 
 @pytest.mark.guarantee("R2")
 @given(traffic())
-@settings(max_examples=120, deadline=None, print_blob=True)
+@settings(max_examples=200, deadline=None, print_blob=True)
 def test_every_request_gets_the_tokens_it_would_get_alone(case):
-    changes, moves = case
+    changes, depth, moves = case
     core = Core(**changes)
+    core.depth = depth
     context = min(changes["max_model_len"], changes["num_pages"] * changes["page_size"])
     wanted: dict[str, tuple[np.ndarray, SamplingParams]] = {}
     aborted: set[str] = set()
@@ -491,7 +514,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(case):
     def abort(number: int) -> None:
         name = f"r{number}"
         is_live = name in wanted and name not in core.ends and name not in aborted
-        assert core.scheduler.abort(name) == is_live
+        assert core.scheduler.abort(name) == is_live, name
         if is_live:
             aborted.add(name)
         core.scheduler.check_integrity()
@@ -511,18 +534,27 @@ def test_every_request_gets_the_tokens_it_would_get_alone(case):
                 core.step()
         elif move[0] == "abort":
             abort(move[1])
+        elif move[0] == "begin":
+            if len(core.in_flight) < depth:
+                core.begin()
         elif move[0] == "lose pages":
+            for batch in reversed(core.in_flight):
+                core.drop(batch)
             core.scheduler.lose_pages()
             core.scheduler.check_integrity()
             assert core.scheduler.pages_free == core.scheduler.pages_total
             assert core.scheduler.pages_cached == 0
-        elif (batch := core.begin()) is not None:
-            if move[0] == "drop":
-                core.scheduler.drop(batch)
-                core.scheduler.check_integrity()
-            else:
-                abort(move[1])
-                core.end(batch)
+        elif core.in_flight and move[0] == "drop":
+            core.drop(core.in_flight[-1])
+        elif core.in_flight:  # the oldest fails: its requests end, and what is behind it does not count
+            failed, *behind = core.in_flight
+            for row in failed.record.rows:
+                abort(int(row.request_id[1:]))
+            core.drop(failed)
+            for batch in behind:
+                with contextlib.suppress(KernelError):
+                    core.compute(batch)
+                core.drop(batch)
     core.run()
     for name, (ids, params_) in wanted.items():
         tokens, end = expected(ids, params_, context)
@@ -571,9 +603,7 @@ def test_a_page_is_found_only_once_its_step_was_applied_and_not_when_the_chip_ha
     core = Core(max_num_batched_tokens=32, prefill_chunk_tokens=32)
     core.add("a", prompt(*PREFIX, 50), params(max_tokens=1))
     core.add("at the same time", prompt(*PREFIX, 51), params(max_tokens=1))
-    batch = core.begin()
-    core.scheduler.drop(batch)
-    core.scheduler.check_integrity()
+    core.drop(core.begin())
     for name in ("a", "at the same time"):
         core.scheduler.abort(name)
     core.add("b", prompt(*PREFIX, 52), params(max_tokens=1))
@@ -654,3 +684,91 @@ def test_one_more_of_equal_priority_does_not_keep_those_before_it_waiting():
         core.step()
     assert "large" in core.ends
     core.run()
+
+
+@pytest.mark.guarantee("R61")
+def test_a_step_decided_ahead_goes_on_from_tokens_that_are_not_known_yet():
+    core = Core()
+    prompts = {"a": prompt(20, 21, 22), "b": prompt(*range(30, 40))}
+    for name, ids in prompts.items():
+        core.add(name, ids)
+    first, second = core.begin(), core.begin()
+    assert [row.token for row in second.step.decodes] == [chosen_token(first.step.samples[0].row)]
+    core.end(first)
+    third = core.begin()
+    assert [row.token for row in third.step.decodes] == [chosen_token(row.row) for row in second.step.samples]
+    core.depth = DEPTH
+    core.run()
+    for name, ids in prompts.items():
+        assert (core.tokens[name], core.ends[name]) == expected(ids, params())
+
+
+@pytest.mark.guarantee("R62")
+def test_who_must_know_a_token_first_or_has_its_last_one_coming_sits_out():
+    core = Core()
+    wants = {
+        "plain": params(max_tokens=3),
+        "counts": params(presence_penalty=0.5),
+        "weighs": params(repetition_penalty=1.1),
+        "ends": params(max_tokens=1),
+    }
+    for name, params_ in wants.items():
+        core.add(name, prompt(20, 21), params_)
+    first, second = core.begin(), core.begin()
+    assert [row.request_id for row in first.record.rows] == list(wants)
+    assert [row.request_id for row in second.record.rows] == ["plain"]
+    core.end(first)
+    third = core.begin()
+    assert [row.request_id for row in third.record.rows] == ["plain", "counts", "weighs"]
+    assert third.step.samples[1].history.tolist() == [20, 21, core.tokens["counts"][0]]
+    core.run()
+    for name, params_ in wants.items():
+        assert (core.tokens[name], core.ends[name]) == expected(prompt(20, 21), params_)
+
+
+@pytest.mark.guarantee("R63")
+def test_what_was_decided_ahead_for_a_request_that_has_ended_is_dropped_and_its_page_kept_until_then():
+    core = Core(num_pages=3, max_model_len=12)
+    core.add("a", prompt(20, 21, 22), params(stop_token_ids=(null_token(22, 2, VOCAB),)))
+    first, second = core.begin(), core.begin()
+    [event] = core.end(first)
+    assert event.ending.finish_reason == "stop"
+    core.add("b", prompt(*range(30, 39)))
+    assert (core.scheduler.pages_free, core.scheduler._pool.num_free) == (3, 2)
+    assert core.begin() is None
+    assert core.end(second) == ()
+    core.run()
+    assert core.tokens["b"] == expected(prompt(*range(30, 39)), params(), 12)[0]
+
+
+@pytest.mark.guarantee("R64")
+def test_an_aborted_request_is_in_no_further_step_whatever_is_in_flight():
+    core = Core()
+    core.add("a", prompt(20, 21))
+    core.add("b", prompt(30, 31))
+    first, second = core.begin(), core.begin()
+    core.scheduler.abort("a")
+    assert [event.request_id for event in core.end(first)] == ["b"]
+    third = core.begin()
+    assert [row.request_id for row in third.record.rows] == ["b"]
+    assert [event.request_id for event in core.end(second)] == ["b"]
+    core.depth = DEPTH
+    core.run()
+    assert core.tokens["a"] == []
+
+
+@pytest.mark.guarantee("R68")
+def test_pages_that_run_out_are_fought_over_only_when_no_step_is_in_flight():
+    core = Core(num_pages=3, max_model_len=12)
+    for name in "ab":
+        core.add(name, prompt(20, 21, 22), params(max_tokens=9))
+    first, second = core.begin(), core.begin()
+    core.end(first)
+    assert core.begin() is None, "there is a page for one of them"
+    core.end(second)
+    third = core.begin()
+    assert ([row.request_id for row in third.record.rows], third.record.preempted) == (["a"], ("b",))
+    core.depth = DEPTH
+    core.run()
+    for name in "ab":
+        assert (core.tokens[name], core.ends[name]) == expected(prompt(20, 21, 22), params(max_tokens=9), 12)

@@ -34,6 +34,7 @@ from chipbus.kernels.qwen3.step import (
     SampleRow,
     StepInput,
     build_step,
+    chosen_token,
 )
 
 K_CACHE, HIDDEN, LOGITS = 2, 4, 6
@@ -73,7 +74,7 @@ REFUSED: list[tuple[dict[str, Arg], str]] = [
     ({"hidden": Arg(resident=6)}, "argument 3 (hidden): shape is [40, 515]; expected [40, 64]"),
     ({"weights": Arg(resident=4)}, "argument 0 (weights): resident 4 is float32 [40, 64]; expected weights"),
     ({"tokens": ints(515)}, "token id 515 is outside the vocabulary of 515"),
-    ({"tokens": ints(-1)}, "token id -1 is outside the vocabulary of 515"),
+    ({"tokens": ints(-41)}, "a token is the one chosen for row 40; rows are 0 to 39"),
     ({"positions": ints(1024)}, "rows cover positions 1024 to 1024; the context has 1024"),
     ({"positions": ints(2**31 - 1)}, "rows cover positions 2147483647 to 2147483647"),
     ({"positions": ints(-1)}, "rows cover positions -1 to -1"),
@@ -156,7 +157,7 @@ def test_lengths_must_divide_the_tokens(model: RunningModel) -> None:
 
 def test_arity_and_unknown_programs_are_refused(model: RunningModel) -> None:
     dispatch = decode_dispatch(model)
-    with pytest.raises(WrongArity, match=r"dispatch 9 of decode: 7 arguments given; expected 8"):
+    with pytest.raises(WrongArity, match=r"dispatch 9 of decode: 8 arguments given; expected 9"):
         model.chip.launch(attrs.evolve(dispatch, args=dispatch.args[:-1]))
     with pytest.raises(UnknownProgram, match=r"dispatch 9: program 0{12} is not registered; registered: prefill"):
         model.chip.launch(attrs.evolve(dispatch, program=bytes(32)))
@@ -231,6 +232,33 @@ def scenario(model: RunningModel) -> None:
     )
 
 
+@pytest.mark.guarantee("R67")
+def test_a_token_that_is_not_known_yet_is_the_one_chosen_last_for_its_row(
+    model: RunningModel, checkpoint: Callable[[str], Path]
+) -> None:
+    def run(running: RunningModel, *, is_known: bool) -> list[object]:
+        tables = [table(2 * row, 2 * row + 1) for row in range(3)]
+        prompts = [np.arange(20 + row, 27 + row, dtype=np.int32) for row in range(3)]
+        at = (5, 1, 3)
+        samples = [SampleRow(row=row, temperature=1.0, uniform=0.15 * row, logprobs=2) for row in at]
+        rows = [
+            PrefillRow(tokens=ids, start=0, block_table=pages, row=row)
+            for row, ids, pages in zip(at, prompts, tables, strict=True)
+        ]
+        chosen = running.step(rows, [], samples)
+        other = running.step([PrefillRow(tokens=prompts[0], start=0, block_table=table(9), row=1)])  # chooses nothing
+        assert other == ()
+        tokens = [token.token_id if is_known else chosen_token(row) for row, token in zip(at, chosen, strict=True)]
+        decodes = [
+            DecodeRow(token=tokens[n], position=7, block_table=tables[n], row=at[n - 1])  # another row than before
+            for n in range(3)
+        ]
+        return [chosen, running.step([], decodes, samples)]
+
+    fresh = RunningModel(checkpoint("tied"), chip=CpuChip(1) if isinstance(model.chip, CpuChip) else NullChip())
+    assert run(model, is_known=False) == run(fresh, is_known=True)
+
+
 @pytest.mark.guarantee("K13")
 def test_digests_are_equal_for_equal_dispatches_and_count_the_written_parameters(
     model: RunningModel, checkpoint: Callable[[str], Path]
@@ -241,7 +269,7 @@ def test_digests_are_equal_for_equal_dispatches_and_count_the_written_parameters
         again = fresh.chip.launch(dispatch, digest=True)
         assert again.digests == before.digests
         assert again.outputs == before.outputs
-    assert [len(completion.digests) for completion in model.completions] == [3, 3, 3, 3, 1, 1, 4]
+    assert [len(completion.digests) for completion in model.completions] == [3, 3, 3, 3, 1, 1, 5]
     assert all(len(digest) == 16 for completion in model.completions for digest in completion.digests)
 
 

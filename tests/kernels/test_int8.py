@@ -193,7 +193,7 @@ def test_what_matrices_are_kept_in_is_part_of_a_programs_identity(checkpoint: Ca
     plain, small = (ModelPrograms.build(spec, LIMITS, weights=weights) for weights in ("", "int8"))
     for one, other in zip(plain.programs, small.programs, strict=True):
         assert one.digest != other.digest
-    assert [tensor.weights for tensor in small.tensors] == ["int8", "", "", "", "", ""]
+    assert [tensor.weights for tensor in small.tensors] == ["int8", "", "", "", "", "", ""]
 
 
 @pytest.mark.parametrize("weights", ["int4", "bfloat16"])

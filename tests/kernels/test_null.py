@@ -73,7 +73,7 @@ def test_equal_commands_give_equal_completions(running: Callable[..., RunningMod
         model.digest = True
         model.greedy([[20, 21], [40, 41, 42]], 4, chunk=2)
     assert runs[0].completions == runs[1].completions
-    assert {len(completion.digests) for completion in runs[0].completions} == {1, 3, 4}
+    assert {len(completion.digests) for completion in runs[0].completions} == {1, 3, 5}
     other = running()
     other.digest = True
     other.greedy([[20, 22], [40, 41, 42]], 4, chunk=2)

@@ -114,13 +114,14 @@ def test_programs_are_identified_by_what_they_are(checkpoint: Callable[[str], Pa
 
 
 def test_residents_are_what_the_programs_share(programs: ModelPrograms) -> None:
-    weights, k_cache, v_cache, hidden, normed, logits = programs.tensors
+    weights, k_cache, v_cache, hidden, normed, chosen, logits = programs.tensors
     assert weights.source == programs.spec.path
     assert weights.fingerprint == programs.spec.fingerprint
     assert k_cache.shape == v_cache.shape == (2, 2, 256, 16, 32)
     assert hidden.shape == normed.shape == (40, 64)
     assert (logits.shape, logits.dtype) == ((40, 515), "float32")
-    assert len({tensor.resident for tensor in programs.tensors}) == 6
+    assert (chosen.shape, chosen.dtype) == ((40,), "int32")
+    assert len({tensor.resident for tensor in programs.tensors}) == 7
 
 
 def test_limits_must_be_positive_integers() -> None:

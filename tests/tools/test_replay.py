@@ -232,7 +232,7 @@ def test_progress_is_told_for_every_command(recording: Recording) -> None:
 
     replaying = [progress for progress in told if progress.phase == "replaying"]
     assert [progress.done for progress in replaying] == list(range(1, len(replaying) + 1))
-    assert {progress.total for progress in replaying} == {5 + 6 + 32 + 6}
+    assert {progress.total for progress in replaying} == {5 + 7 + 32 + 7}
     assert told[0] == Progress(phase="checking", done=1, total=2, unit="ledgers")
 
 
@@ -243,7 +243,7 @@ def test_entries_are_merged_by_time_and_keep_the_order_of_their_ledger(recording
 
     times = [entry.time_ns for _, entry in merged]
     assert times == sorted(times)
-    assert len(merged) == 2 + 8 + 1 + 5 + 6 + 32 + 6
+    assert len(merged) == 2 + 8 + 1 + 5 + 7 + 32 + 7
     for name in ("chip.0.0", "replica.0"):
         seqs = [entry.seq for ledger, entry in merged if ledger.name == name]
         assert seqs == sorted(seqs)
@@ -300,9 +300,9 @@ def test_show_prints_the_summary_and_one_line_per_entry(recording: Recording) ->
 
     head, _, body = shown.stdout.partition("\n\n")
     assert "model     /models/nowhere, fingerprint ffff" in head
-    assert "ledger    chip.0.0: 6 alloc, 1 chip, 32 dispatch, 6 free, 5 register" in head
+    assert "ledger    chip.0.0: 7 alloc, 1 chip, 32 dispatch, 7 free, 5 register" in head
     assert "\nprogram   prefill: 2 launches of " in head
-    assert len(body.splitlines()) == 60
+    assert len(body.splitlines()) == 62
     for words in ("← router       ask Submit", "step 1: req-1 prefill 0..4; running 1", "#1 of step 1: prefill, "):
         assert words in body
 
@@ -314,7 +314,7 @@ def test_show_as_json_is_one_object_per_line(recording: Recording) -> None:
 
     head, *lines = [json.loads(line) for line in shown.stdout.splitlines()]
     assert head["format"] == 1
-    assert len(lines) == 60
+    assert len(lines) == 62
     assert {line["kind"] for line in lines} == {"message", "batch", "chip", "register", "alloc", "free", "dispatch"}
 
 
