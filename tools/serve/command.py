@@ -19,6 +19,7 @@ import attrs
 
 from ...actors.async_engine import AsyncEngine
 from ...actors.logs import configure_logging
+from ...bus import Progress
 from ...errors import ConfigError
 from ...kernels.memory import available_bytes
 from ..check import described
@@ -79,6 +80,7 @@ class _Serving:
         self._listener = listener
         self._view = view
         self._stop = asyncio.Event()
+        self._is_up = False
 
     async def run(self) -> None:
         """From start to end."""
@@ -91,7 +93,7 @@ class _Serving:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         config, settings = self._resolved.config, self._resolved.server
-        engine = AsyncEngine(on_progress=self._view.show, **attrs.asdict(config))
+        engine = AsyncEngine(on_progress=self._show, **attrs.asdict(config))
         name = settings.served_model_name or engine.plan.model_dir.name
         self._introduce(engine)
         service = Service(engine, name, settings.max_body_bytes)
@@ -117,6 +119,11 @@ class _Serving:
         finally:
             http.should_exit = True
             await serving
+
+    def _show(self, progress: Progress) -> None:
+        """How far the start is. A later life of a process loads what it needs without a bar on the terminal."""
+        if not self._is_up:
+            self._view.show(progress)
 
     def _on_signal(self) -> None:
         """The first: end in order. The second: end. Every process of the engine dies with this one."""
@@ -152,6 +159,7 @@ class _Serving:
     def _tell_ready(self, engine: AsyncEngine, name: str, seconds: float) -> None:
         from .connections import url_of
 
+        self._is_up = True
         self._view.say(f"run directory {engine.run_dir}")
         self._view.say(f"ready in {seconds:.1f} s, as model {name!r}; Ctrl-C ends it")
         self._view.result(f"{url_of(self._listener)}/v1")

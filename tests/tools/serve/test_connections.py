@@ -12,12 +12,12 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from http_server import RunningServer, events_of, joined, running_server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chipbus import errors
 from chipbus.actors.sampling import SamplingParams
 from chipbus.tools.serve import connections, http
 from chipbus.tools.serve.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Where
@@ -117,14 +117,13 @@ def everything_of_stream(connection: socket.socket) -> bytes:
 @pytest.mark.guarantee("H9")
 def test_a_full_queue_is_told_at_once_and_those_in_it_are_served(server: RunningServer) -> None:
     body = {"max_tokens": 300, "ignore_eos": True}
-    answers = []
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        answer = client.post(TEXT, json={"prompt": ["a"] * 40, **body})
-        answers.append(answer)
-    assert answer.status_code == 429, answer.text
-    assert answer.json()["error"]["code"] == "queue_full"
-    assert answer.headers["retry-after"] == "1"
-    assert server.comes_to_rest(), "the others of the same request were aborted"
+    for pin, code in (({}, "queue_full"), ({"replica": 1}, "pin_overloaded")):
+        answer = server.post(TEXT, prompt=["a"] * 40, **body, **pin)
+        assert answer.status_code == 429, answer.text
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert answer.json()["error"]["code"] == code
+        assert answer.headers["retry-after"] == "1"
+        assert server.comes_to_rest(), "the others of the same request were aborted"
     assert server.post(TEXT, prompt=["a"] * 2, max_tokens=3).status_code == 200
 
 
@@ -151,23 +150,49 @@ def test_a_killed_replica_costs_a_stream_no_token(server: RunningServer) -> None
     assert server.comes_to_rest()
 
 
+def fail_open_request(server: RunningServer, error: errors.ChipbusError) -> None:
+    """As if everything had been tried for it. No process is harmed."""
+    host = server.engine._runtime._host
+
+    def fail() -> None:
+        [request] = host._requests.values()
+        request.withdraw()
+        host._failed(request, error)
+
+    server.engine._runtime.processes.post(fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (errors.WorkerDied("replica 0 died too often"), 500, "worker_died"),
+        (errors.DeadlineExceeded("no answer within 1 s"), 504, "deadline_exceeded"),
+        (errors.KernelError("a task raised"), 500, "internal"),
+    ],
+)
+def test_what_fails_is_told_with_its_status_if_nothing_of_it_was_sent(
+    server: RunningServer, error: errors.ChipbusError, status: int, code: str
+) -> None:
+    with server.raw() as connection:
+        body = {"prompt": "chip", "max_tokens": 2000, "ignore_eos": True}
+        connection.sendall(post_bytes(TEXT, json.dumps(body).encode(), "connection: close"))
+        assert comes_true(lambda: server.statistics().running == 1, 20)
+        fail_open_request(server, error)
+        shown = everything(connection)
+
+    assert shown.startswith(b"HTTP/1.1 %d " % status)
+    assert b'"code":"%s"' % code.encode() in shown
+    assert str(error).encode() in shown
+    assert server.comes_to_rest()
+
+
 @pytest.mark.guarantee("H11")
 def test_a_stream_that_fails_ends_with_one_error_event_and_no_done(server: RunningServer) -> None:
-    """Every attempt of it is killed until it is given up; the engine lives on."""
-    from chipbus import errors
-
     body = {"prompt": "chip", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with server.raw() as connection:
         connection.sendall(post_bytes(TEXT, json.dumps(body).encode()))
         assert connection.recv(10)
-        host = server.engine._runtime._host
-
-        def fail() -> None:
-            [request] = host._requests.values()
-            host._failed(request, errors.WorkerDied("replica 0 died too often"))
-            request.withdraw()
-
-        server.engine._runtime.processes.post(fail)
+        fail_open_request(server, errors.WorkerDied("replica 0 died too often"))
         shown = everything(connection)
     assert shown.count(b'"error"') == 1
     assert b'"code":"worker_died"' in shown
