@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -107,6 +108,8 @@ class _Serving:
                 self._view.say("stopped while it started")
                 return
             try:
+                gc.collect()
+                gc.freeze()  # what the start made lives as long as the process: no collection need look at it again
                 service.state = "serving"
                 self._tell_ready(engine, name, time.monotonic() - began_s)
                 await self._serve_until_stopped(engine, service, serving)
