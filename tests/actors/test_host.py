@@ -81,8 +81,9 @@ def test_a_prompt_fails_whole() -> None:
     engine.system.run_until(lambda: state.is_over)
     with pytest.raises(RequestInvalid, match="1024"):
         state.whole()
+    came = len(state.token_ids(0))
     engine.system.run_until(engine.is_idle)
-    assert len(state.token_ids(0)) < 50, "the other one was cancelled"
+    assert len(state.token_ids(0)) == came < 40, "the other one was cancelled"
     engine.close()
 
 

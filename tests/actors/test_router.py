@@ -553,6 +553,18 @@ def test_a_request_pinned_to_a_full_replica_is_refused_though_another_has_room()
     assert not waiting.is_over
 
 
+def test_what_was_admitted_before_waits_however_many_wait_already():
+    house = House(max_waiting=1)
+    submit(house)
+    pass_time(house.system, 1)
+    again = house.client.submit_again(Answer(attrs.evolve(submit(house).message, request_id="again", attempt=2)))
+    pass_time(house.system, 1)
+    assert not again.is_over
+    house.start_replicas()
+    house.finish()
+    assert again.tokens == counting(again.message)
+
+
 def test_when_every_queue_is_full_the_request_is_refused():
     house = House(replicas=2)
     for name in house.names:
@@ -607,6 +619,21 @@ def test_a_session_stays_where_it_is_until_that_is_too_busy_or_dies():
     assert (later.items[0].replica, later.items[0].chosen_by) == (there, "session"), "it went on with its requests"
     house.finish()
     house.settle()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_session_does_not_outlive_the_replica_it_was_at(seed):
+    house = House(replicas=2, seed=seed)
+    house.start_replicas()
+    first = submit(house, handling=Handling(session="s"))
+    house.finish()
+    home = f"replica.{first.reply.replica}"
+    house.kill(home)
+    house.run(lambda: home not in house.router.ctx.peers())
+    house.start_replica(home)
+    again = submit(house, handling=Handling(session="s"))
+    house.finish()
+    assert [answer.reply.chosen_by for answer in (first, again)] == ["load", "load"]
 
 
 def test_the_record_says_who_chose_the_replica():

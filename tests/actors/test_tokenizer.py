@@ -184,7 +184,7 @@ def test_a_stop_string_ends_text_and_tokens_at_the_same_place_however_deltas_are
     assert (answer.tokens, answer.text, answer.reply.stop_reason) == (ids, text, hit)
     assert (naive_text, naive_hit) == (text, hit)
     assert answer.reply.finish_reason == ("stop" if hit else "length")
-    assert answer.reply.tokens.replica == 0
+    assert (answer.reply.tokens.replica, answer.reply.tokens.chosen_by) == (0, "load")
 
 
 def test_a_stop_string_cancels_the_replica(directory, reference):
