@@ -17,7 +17,7 @@ from chipbus.actors.messages.tree import ReplicaStatisticsRequest
 from chipbus.actors.sampling import SamplingParams
 from chipbus.bus import pack_tokens
 from chipbus.errors import Aborted, ChipbusError, ContextTooLong, KernelError, Overloaded, RequestInvalid, WorkerDied
-from chipbus.kernels.null import Fault
+from chipbus.kernels.null import Fault, NullChip
 
 
 def ask(replica: Replica, *prompts: list[int], **params: Any) -> list[Answer]:
