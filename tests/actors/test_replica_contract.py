@@ -40,7 +40,7 @@ class RealCore(Replica):
 
     def holds(self) -> bool:
         scheduler = self.core._scheduler
-        return bool(self.core._serving) or self.core._step is not None or scheduler.pages_free < scheduler.pages_total
+        return bool(self.core._serving) or bool(self.core._in_flight) or scheduler.pages_free < scheduler.pages_total
 
 
 class StandIn:
