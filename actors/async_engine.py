@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
@@ -230,10 +231,18 @@ class AsyncEngine:
 
     async def __aenter__(self) -> Self:
         made: list[Runtime] = []
-        start = asyncio.ensure_future(asyncio.to_thread(Runtime.start, self._plan, self._on_progress, made.append))
+        is_unwanted = threading.Event()
+
+        def on_made(runtime: Runtime) -> None:
+            made.append(runtime)
+            if is_unwanted.is_set():
+                runtime.processes.give_up_start()
+
+        start = asyncio.ensure_future(asyncio.to_thread(Runtime.start, self._plan, self._on_progress, on_made))
         try:
             self._started = await asyncio.shield(start)
         except asyncio.CancelledError:  # the thread cannot be cancelled, but it can be told
+            is_unwanted.set()
             for runtime in made:
                 runtime.processes.give_up_start()
             with contextlib.suppress(ChipbusError):  # it took down what it had built

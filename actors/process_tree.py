@@ -236,7 +236,8 @@ class ProcessTree:
         if self._supervisor is not None:
             # A supervisor that has reported is about to exit; one that is failing its start stops its children first;
             # one that could not be asked has nothing to lose yet.
-            patience_s = remaining_s(0.1) if report is not None else FAILED_START_S if self.death is not None else 0.0
+            is_failing = self.death is not None and not isinstance(self.death, EngineClosed)  # nor was it given up
+            patience_s = remaining_s(0.1) if report is not None else FAILED_START_S if is_failing else 0.0
             if self._supervisor.reap(patience_s) is None:
                 self._supervisor.kill()
                 if self._supervisor.reap(KILLED_S) is None:
