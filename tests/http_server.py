@@ -63,7 +63,7 @@ class RunningServer:
         async with AsyncEngine(**self._settings) as self.engine:
             self.service = Service(self.engine, "demo", self._max_body_bytes)
             self.service.state = "serving"
-            self._http = HttpServer(make_app(self.service, self._api_key))
+            self._http = HttpServer(make_app(self.service, self._api_key, is_private=True))
             serving = asyncio.ensure_future(self._http.serve(sockets=[listener]))
             while not self._http.started:
                 await asyncio.sleep(0)

@@ -6,6 +6,7 @@ Owns: nothing. Each module with endpoints has a ``routes`` function; here they c
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
@@ -22,21 +23,28 @@ __all__ = ["make_app"]
 
 
 def make_app(
-    service: Service, api_key: str | None, more: Sequence[BaseRoute] = (), responses: HttpResponses | None = None
+    service: Service,
+    api_key: str | None,
+    more: Sequence[BaseRoute] = (),
+    responses: HttpResponses | None = None,
+    *,
+    is_private: bool = False,
 ) -> ASGIApp:
     """The ASGI application of one engine, whose answers are counted in ``responses``.
 
     more: routes of other modules, for example ``metrics.routes(engine)``
+    is_private: that only this host can reach it is all that protects it, so browsers must not be led to it by a name
     """
     routes = [*completions.routes(service), *about.routes(service), *more]
-    return _Door(Router(routes, redirect_slashes=False), api_key, responses or HttpResponses())
+    return _Door(Router(routes, redirect_slashes=False), api_key, responses or HttpResponses(), is_private)
 
 
 class _Door:
     """In front of all routes."""
 
-    def __init__(self, router: Router, api_key: str | None, responses: HttpResponses) -> None:
+    def __init__(self, router: Router, api_key: str | None, responses: HttpResponses, is_private: bool) -> None:
         self._router = router
+        self._is_private = is_private
         self._responses = responses
         self._api_key = None if api_key is None else api_key.encode()
 
@@ -45,8 +53,11 @@ class _Door:
         send = self._responses.counted(send)
         scope["app"] = self._router  # so that it raises what it would answer in its own shape
         try:
-            if self._api_key is not None and scope["path"] not in about.OPEN_PATHS:
-                self._check_key(scope, self._api_key)
+            if scope["path"] not in about.OPEN_PATHS:
+                if self._api_key is not None:
+                    self._check_key(scope, self._api_key)
+                elif self._is_private:
+                    _check_host(scope)
             await self._router(scope, receive, send)
         except HTTPException as error:
             await send_failure(send, _of_router(error, scope))
@@ -70,6 +81,22 @@ class _Door:
                 code="invalid_api_key",
                 headers=((b"www-authenticate", b"Bearer"), (b"connection", b"close")),
             )
+
+
+def _check_host(scope: Scope) -> None:
+    """Raise ``Refused`` if the server was asked for by a name other than localhost.
+
+    A web page may give its own name this host's address, and then talk to the server as if it were its own.
+    """
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    if name in ("", "localhost") or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        text = "without a key the server answers only to localhost and to addresses, not to another name of this host"
+        raise Refused(403, text, code="wrong_host", headers=((b"connection", b"close"),)) from None
 
 
 def _of_router(error: HTTPException, scope: Scope) -> Failure:

@@ -100,7 +100,8 @@ class _Serving:
         service = Service(engine, name, settings.max_body_bytes)
         responses = metrics.HttpResponses()
         more = [*state.routes(engine), *metrics.routes(engine, responses)]
-        http = HttpServer(make_app(service, settings.api_key, more, responses))
+        is_private = not settings.insecure  # a key, if there is one, is asked for instead
+        http = HttpServer(make_app(service, settings.api_key, more, responses, is_private=is_private))
         serving = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         try:
             began_s = time.monotonic()

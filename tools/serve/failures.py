@@ -76,6 +76,7 @@ _INVALID = "invalid_request_error"
 _OF_THE_DOOR = (
     (400, _INVALID, "bad_http", "The bytes are no HTTP request"),
     (401, "authentication_error", "invalid_api_key", "No key, or a wrong one"),
+    (403, _INVALID, "wrong_host", "No key is set, and the server was asked for by a name other than localhost"),
     (404, _INVALID, "model_not_found", "A model that is not served"),
     (404, _INVALID, "not_found", "Nothing is at this path"),
     (405, _INVALID, "method_not_allowed", "Another method than this path has"),

@@ -36,7 +36,8 @@ those. What the server promises is in [semantics](semantics.md), its settings ar
 
 With a key (`CHIPBUS_API_KEY`), all of it wants `Authorization: Bearer KEY`, but for `/health`, `/ready`, `/version` and
 `/`, which tell nothing of the model or its users. Without a key the server listens only where nobody else can reach it,
-unless it is told `--insecure`.
+unless it is told `--insecure`, and answers only to `localhost` and to addresses, so that no web page can be led to it
+by a name.
 
 ## Fields
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
 from http_server import RunningServer, events_of, joined, running_server, whole
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from chipbus import errors
 from chipbus.actors.handling import Handling
@@ -273,6 +276,31 @@ def test_what_is_no_request_of_the_api_is_told_in_its_shape(server: RunningServe
     twice = {"x-data-parallel-rank": "1"}
     answer = client.post(TEXT, json={"prompt": "a", "dp_rank": 0}, headers=twice)
     assert failed(answer) == (400, INVALID, "bad_target", "dp_rank")
+
+
+@pytest.mark.guarantee("H25")
+def test_without_a_key_only_localhost_and_addresses_are_answered_to(server: RunningServer) -> None:
+    """A web page that gave its own name the address of this host is not let in; who probes health is."""
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", "x]", "[x"):
+        answer = server.client.post(TEXT, json={"prompt": "a"}, headers={"host": host})
+        assert failed(answer)[:3] == (403, INVALID, "wrong_host")
+        assert server.client.get("/health", headers={"host": host}).status_code == 200
+    for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "10.0.0.7", "a.localhost"):
+        answer = server.client.post(TEXT, json={"prompt": "a", "max_tokens": 1}, headers={"host": host})
+        assert answer.status_code == 200
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"]),
+    st.sampled_from(["/", "/v1/", "/v1/models/", "/v1/completions", "/v1/chat/completions/", "/tokenize", "/ready?"]),
+    st.text(max_size=12),
+)
+def test_any_method_on_any_path_is_answered(server: RunningServer, method: str, path: str, more: str) -> None:
+    answer = server.client.request(method, path + quote(more))
+
+    assert answer.status_code in (200, 404, 405, 415)
+    assert method == "HEAD" or answer.status_code == 200 or failed(answer)[0] == answer.status_code
 
 
 @pytest.mark.guarantee("H5")
