@@ -25,6 +25,7 @@ ONLY_IN = {
     "tokenizers": {"actors"},
     "click": {"tools"},
 }
+OF_THE_SERVER = {"starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"}  # an extra: may not be installed
 TRAINING_SCRIPT = "tools/make_demo_model.py"  # a developer's script, imported by nothing; it needs torch to train
 PROCESS_CALLS = {
     "fork",
@@ -97,6 +98,26 @@ def test_heavy_libraries_stay_in_their_room() -> None:
     ]
 
     assert wrong == []
+
+
+def test_libraries_of_the_server_stay_in_its_folder() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {target[1:]} is used outside tools/serve"
+        for room, path in sources()
+        for line, target in imported(room, path)
+        if target[1:] in OF_THE_SERVER and not path.is_relative_to(ROOT / "tools" / "serve")
+    ]
+
+    assert wrong == []
+
+
+def test_the_command_line_loads_without_the_servers_libraries() -> None:
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in sorted(OF_THE_SERVER))
+    code = (
+        f"import sys; {blocked}import chipbus.tools.run_commands, chipbus.tools.flags_page, chipbus.tools.serve.config"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 0
 
 
 def test_process_calls_live_in_one_module() -> None:
