@@ -178,7 +178,7 @@ class _Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + self.num_generated
+        return len(self.prompt) + len(self.generated) + self.unknown
 
     @property
     def can_go_on(self) -> bool:
@@ -214,6 +214,7 @@ class _StepPlan:
     rows: dict[_Request, _Planned] = attrs.field(factory=dict)
     preempted: list[_Request] = attrs.field(factory=list)
     is_short: bool = False  # of pages, while a step in flight holds some
+    spare_pages: int | None = None  # free, and promised to nobody who runs; counted when somebody wants to be admitted
 
     def preempt(self, request: _Request) -> None:
         """Take a request out again; tokens planned for it return to the budget."""
@@ -335,16 +336,18 @@ class Scheduler:
                 f" hold a context of {self._context}, so it may have at most {self._context - 1}"
             )
         for what, ids in (("the prompt", prompt), ("the tokens generated before", generated)):
-            outside = np.flatnonzero((ids < 0) | (ids >= self._config.vocab_size))
-            if len(outside):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self._config.vocab_size:
+                outside = np.flatnonzero((ids < 0) | (ids >= self._config.vocab_size))
                 raise RequestInvalid(
                     f"token id {ids[outside[0]]} at position {outside[0]} of {what} is outside the vocabulary,"
                     f" [0, {self._config.vocab_size})"
                 )
         if request_id in self._requests:
             raise RequestInvalid(f"request id {request_id!r} is being served already; ids must differ")
-        ends = {*params.stop_token_ids, *self._config.eos_token_ids} if params.min_tokens else set()
-        banned = np.array(sorted(token for token in ends if token < self._config.vocab_size), np.int32)
+        banned = _NO_IDS
+        if params.min_tokens:
+            ends = {*params.stop_token_ids, *self._config.eos_token_ids}
+            banned = np.array(sorted(token for token in ends if token < self._config.vocab_size), np.int32)
         if len(banned) == self._config.vocab_size:
             raise RequestInvalid(
                 f"min_tokens is {params.min_tokens} and stop_token_ids names all {len(banned)} tokens there are;"
@@ -398,13 +401,14 @@ class Scheduler:
         """Decide the next step; None if there is nothing to compute, or nothing before a step in flight has ended."""
         assert len(self._in_flight) < DEPTH, f"{len(self._in_flight)} steps are in flight"
         plan = _StepPlan(budget=self._limits.max_num_batched_tokens)
-        for decodes in (True, False):
-            for request in tuple(self._running):
-                if request.decodes == decodes and request.can_go_on and request not in plan.preempted:
-                    self._plan(plan, request)
+        going_on = [request for request in self._running if request.can_go_on]
+        prompts = [request for request in going_on if not request.decodes]
+        for request in itertools.chain((r for r in going_on if r.decodes) if prompts else going_on, prompts):
+            if request.is_running:  # not preempted for one before it
+                self._plan(plan, request)
         if plan.is_short:
             return None
-        while plan.budget and not plan.preempted and (admitted := self._admit()) is not None:
+        while plan.budget and not plan.preempted and (admitted := self._admit(plan)) is not None:
             self._plan(plan, admitted)
         self.preemptions += len(plan.preempted)
         if not plan.rows:
@@ -511,16 +515,14 @@ class Scheduler:
         if not request.decodes:
             left = len(request.prompt) - request.computed
             length = min(left, self._config.prefill_chunk_tokens, plan.budget)
-        if length and self._grow(plan, request, request.computed + length):
-            end = request.computed + length
+        end = request.computed + length
+        if length and (end <= len(request.pages) * self._page_size or self._grow(plan, request, end)):
             plan.rows[request] = _Planned(request, request.computed, length, end == request.num_tokens)
             plan.budget -= length
 
     def _grow(self, plan: _StepPlan, request: _Request, num_tokens: int) -> bool:
         """Make the pages of ``request`` cover ``num_tokens``, preempting from the last; False if it gets none now."""
         missing = self._pages_for(num_tokens) - len(request.pages)
-        if missing <= 0:
-            return True
         while (pages := self._pool.allocate(missing, request.pages[-1] if request.pages else None)) is None:
             if self._in_flight:
                 plan.is_short = True
@@ -533,7 +535,7 @@ class Scheduler:
         request.block_table = np.array(request.pages, np.int32)
         return True
 
-    def _admit(self) -> _Request | None:
+    def _admit(self, plan: _StepPlan) -> _Request | None:
         """Let the first waiting request run, with the pages of its prompt that are there; None if it may not yet.
 
         Besides what running ones still need there must be pages for all of its tokens so far; otherwise it would soon
@@ -544,9 +546,13 @@ class Scheduler:
         request = self._waiting[0]
         cached = self._pool.find(request.keys[: (len(request.prompt) - 1) // self._page_size])
         shared = sum(self._pool.references(page) > 0 for page in cached)  # these are not among the free ones
-        promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self._running)
-        if self._pages_for(request.num_tokens) - shared > self._pool.num_free - promised:
+        if plan.spare_pages is None:
+            promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self._running)
+            plan.spare_pages = self._pool.num_free - promised
+        needed = self._pages_for(request.num_tokens) - shared
+        if needed > plan.spare_pages:
             return None
+        plan.spare_pages -= needed
         del self._waiting[0]
         _insert(self._running, request)
         request.is_running = True
@@ -609,7 +615,8 @@ class Scheduler:
         buffer_rows = itertools.count()
         for planned in plan.rows.values():
             request, start, end = planned.request, planned.start, planned.start + planned.length
-            if request.decodes:
+            kind = RowKind.DECODE if request.decodes else RowKind.PREFILL
+            if kind is RowKind.DECODE:
                 row, index = next(buffer_rows), start - len(request.prompt)
                 is_known = index < len(request.generated)
                 token = request.generated[index] if is_known else chosen_token(request.row)
@@ -618,7 +625,6 @@ class Scheduler:
                 row = next(buffer_rows) if planned.samples else -1
                 tokens = request.prompt[start:end]
                 prefills.append(PrefillRow(tokens=tokens, start=start, block_table=request.block_table, row=row))
-            kind = RowKind.DECODE if request.decodes else RowKind.PREFILL
             if planned.samples:
                 samples.append(_sample_row(request, row))
                 request.unknown, request.row = request.unknown + 1, row

@@ -13,8 +13,9 @@ So a step can be sent before the tokens of the one before it are known: see ``ch
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import Any
+from operator import attrgetter
 
 import attrs
 import numpy as np
@@ -59,6 +60,7 @@ SAMPLE_COLUMNS = (
     "logprobs",
 )
 """Columns of the sample program's ``settings``, float64 so that ids, counts and the uniform number keep every bit."""
+_columns = attrgetter(*SAMPLE_COLUMNS[:-1])  # all but ``logprobs``, which may be None and is -1 then
 
 
 @attrs.frozen
@@ -345,7 +347,7 @@ def read_step(step: StepInput, completions: Sequence[Completion]) -> tuple[Sampl
 
 
 def _ints(values: Sequence[int]) -> Arg:
-    return Arg.of(np.array(values, np.int32))
+    return Arg(dtype="int32", shape=(len(values),), data=array("i", values).tobytes())
 
 
 def _padded(tables: Sequence[Int32]) -> Arg:
@@ -358,6 +360,8 @@ def _padded(tables: Sequence[Int32]) -> Arg:
 
 def _joined(arrays: Sequence[Int32]) -> tuple[Arg, Arg]:
     """Ragged rows as one array and the end of each row in it."""
+    if not any(map(len, arrays)):
+        return _ints(()), _ints([0] * len(arrays))
     ends = np.cumsum([len(array) for array in arrays], dtype=np.int32)
     return Arg.of(np.concatenate(arrays).astype(np.int32, copy=False)), Arg.of(ends)
 
@@ -382,15 +386,11 @@ def _decode_args(decodes: Sequence[DecodeRow]) -> tuple[Arg, ...]:
 
 
 def _sample_args(samples: Sequence[SampleRow]) -> tuple[Arg, ...]:
-    def column(sample: SampleRow, name: str) -> Any:
-        value = getattr(sample, name)
-        return -1 if value is None else value
-
     count = len(samples)
     widest = max(sample.logprobs or 0 for sample in samples)
-    settings = np.array([[column(sample, name) for name in SAMPLE_COLUMNS] for sample in samples], np.float64)
+    rows = [(*_columns(sample), -1 if sample.logprobs is None else sample.logprobs) for sample in samples]
     return (
-        Arg.of(settings),
+        Arg.of(np.array(rows, np.float64)),
         *_joined([sample.history for sample in samples]),
         *_joined([sample.banned for sample in samples]),
         Arg.out("int32", (count,)),
