@@ -269,6 +269,7 @@ class Scheduler:
         self._requests: dict[str, _Request] = {}
         self._running: list[_Request] = []  # by rank
         self._waiting: list[_Request] = []  # by rank
+        self._waiting_tokens = 0  # the pending tokens of these
         self._in_flight: list[Batch] = []  # in the order in which they are computed
         self._arrivals = 0
         self._steps = 0
@@ -287,7 +288,8 @@ class Scheduler:
     @property
     def pages_free(self) -> int:
         """KV pages no request holds; all of them when there is none. Some a step in flight may still write."""
-        return self._pool.num_pages - len({page for request in self._running for page in request.pages})
+        held = Counter(page for batch in self._in_flight for page in batch._held)
+        return self._pool.num_free + sum(self._pool.references(page) == count for page, count in held.items())
 
     @property
     def pages_cached(self) -> int:
@@ -307,7 +309,7 @@ class Scheduler:
     @property
     def pending_tokens(self) -> int:
         """Load: prompt tokens not computed yet plus tokens that may still be generated, over all requests."""
-        return sum(request.pending_tokens for request in self._requests.values())
+        return self._waiting_tokens + sum(request.pending_tokens for request in self._running)
 
     def add(
         self,
@@ -379,7 +381,7 @@ class Scheduler:
         if ending is None:
             self._arrivals += 1
             self._requests[request_id] = request
-            _insert(self._waiting, request)
+            self._wait(request)
         return ending
 
     def abort(self, request_id: str) -> bool:
@@ -395,6 +397,7 @@ class Scheduler:
             self._free_pages(request)
         else:
             _remove(self._waiting, request)
+            self._waiting_tokens -= request.pending_tokens
         return True
 
     def next_batch(self) -> Batch | None:
@@ -481,12 +484,14 @@ class Scheduler:
             assert not request.pages
             assert not request.computed
             assert not request.unknown
+        assert self._waiting_tokens == sum(request.pending_tokens for request in self._waiting)
         self._check_pages()
 
     def _check_pages(self) -> None:
         """Every reference has its holder, and only pages that nobody writes any more are shared."""
         holders = Counter(page for request in self._running for page in request.pages)
         held = Counter(page for batch in self._in_flight for page in batch._held)
+        assert self.pages_free == self._pool.num_pages - len(holders), "a page is held by no request and not free"
         for page in range(self._pool.num_pages):
             assert self._pool.references(page) == holders[page] + held[page], f"page {page} is held by nobody known"
             assert holders[page] <= 1 or self._pool.key(page) is not None, f"page {page} is owned twice"
@@ -554,6 +559,7 @@ class Scheduler:
             return None
         plan.spare_pages -= needed
         del self._waiting[0]
+        self._waiting_tokens -= request.pending_tokens
         _insert(self._running, request)
         request.is_running = True
         self._pool.share(cached)
@@ -577,8 +583,12 @@ class Scheduler:
     def _preempt_last(self) -> _Request:
         victim = self._running.pop()
         self._free_pages(victim)
-        _insert(self._waiting, victim)
+        self._wait(victim)
         return victim
+
+    def _wait(self, request: _Request) -> None:
+        _insert(self._waiting, request)
+        self._waiting_tokens += request.pending_tokens
 
     def _free_pages(self, request: _Request) -> None:
         self._pool.release(request.pages)
