@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 from starlette.types import ASGIApp
 from uvicorn import Config, Server
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from ...errors import ConfigError
 from .failures import Failure
@@ -26,6 +27,8 @@ HEAD_TIMEOUT_S = 60.0
 """For the head of a connection's first request; later ones have uvicorn's keep-alive timeout."""
 KEEP_ALIVE_S = 30
 """For the next request on a connection; longer than clients commonly keep one, so that they are the ones to end it."""
+MAX_PIPELINED = 8
+"""Requests of one connection that are read ahead of their turn."""
 BACKLOG = 1024
 LAST_WORDS_S = 1.0
 """For connections to take what was sent to them when the server ends."""
@@ -42,13 +45,21 @@ class _Connection(HttpToolsProtocol):
     _fed_bytes = 0  # of a head that is not whole yet; of a half header the parser tells nothing
     _is_in_head = True
     _patience: asyncio.TimerHandle | None = None
+    _served: RequestResponseCycle | None = None  # uvicorn itself remembers only the request that came last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._patience = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._lose_patience()
+        if self._served is not None and not self._served.response_complete:
+            self._served.disconnected = True
+            self._served.message_event.set()
         super().connection_lost(exc)
 
     def _give_up(self) -> None:
@@ -90,6 +101,8 @@ class _Connection(HttpToolsProtocol):
         self._fed_bytes = 0
         self._lose_patience()
         super().on_headers_complete()
+        if 0 < len(self.pipeline) <= MAX_PIPELINED:
+            self.flow.resume_reading()  # uvicorn reads on when the request before is answered: it would miss the end
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP, or too much of it; the connection ends with it."""

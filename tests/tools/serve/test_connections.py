@@ -78,6 +78,19 @@ def test_a_client_that_leaves_aborts_what_it_asked_for(server: RunningServer, pr
     assert made < 2000 * (1 if prompt == "a" else 3), "it was aborted, and did not just end"
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_one_that_leaves_with_another_request_sent_ahead_aborts_it_too(server: RunningServer, is_stream: bool) -> None:
+    body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": is_stream}
+    before = server.statistics()
+
+    with server.raw() as connection:
+        connection.sendall(2 * post_bytes(TEXT, json.dumps(body).encode()))
+        assert comes_true(lambda: server.statistics().running > 0, 20)
+
+    assert server.comes_to_rest()
+    assert server.statistics().tokens_generated - before.tokens_generated < 2000
+
+
 @pytest.mark.slow
 @pytest.mark.guarantee("H8")
 def test_a_reader_that_does_not_read_holds_up_nobody_and_little_is_kept_for_it(server: RunningServer) -> None:
