@@ -35,16 +35,17 @@ def routes(service: Service) -> list[Route]:
 class _Completions:
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._defaults = service.engine.generation_defaults
 
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A conversation."""
         body = await body_of(scope, receive, self._service.max_body_bytes)
-        await self._serve(chat_wanted(body, scope["headers"]), scope, receive, send)
+        await self._serve(chat_wanted(body, scope["headers"], self._defaults), scope, receive, send)
 
     async def text(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Prompts."""
         body = await body_of(scope, receive, self._service.max_body_bytes)
-        wanted = completion_wanted(body, scope["headers"], self._service.max_model_len)
+        wanted = completion_wanted(body, scope["headers"], self._defaults, self._service.max_model_len)
         await self._serve(wanted, scope, receive, send)
 
     async def _serve(self, wanted: Wanted, scope: Scope, receive: Receive, send: Send) -> None:

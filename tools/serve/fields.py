@@ -276,7 +276,7 @@ def _anything(value: Any) -> Any:
 # The tables.
 
 _SAMPLING = (
-    Field("temperature", Where.SAMPLING, "number", "0 is greedy; default 1", _number),
+    Field("temperature", Where.SAMPLING, "number", "0 is greedy; default 1, or the model's", _number),
     Field("top_p", Where.SAMPLING, "number", "smallest set of tokens whose probabilities add up to it", _number),
     Field("top_k", Where.SAMPLING, "integer", "keep so many most probable tokens; 0 keeps all", _integer),
     Field("min_p", Where.SAMPLING, "number", "drop tokens below this fraction of the most probable", _number),
@@ -290,7 +290,7 @@ _SAMPLING = (
     Field("presence_penalty", Where.SAMPLING, "number", "subtracted for tokens already generated", _number),
     Field("frequency_penalty", Where.SAMPLING, "number", "subtracted once for every time generated", _number),
     Field("repetition_penalty", Where.SAMPLING, "number", "divides logits of tokens seen; 1 is off", _number),
-    Field("max_tokens", Where.SAMPLING, "integer", "most tokens generated; default 256", _integer),
+    Field("max_tokens", Where.SAMPLING, "integer", "most tokens generated; default 256, or the model's", _integer),
 )
 _HANDLING = (
     Field("priority", Where.HANDLING, "integer", "lower goes first; default 0", _anything),

@@ -43,7 +43,8 @@ by a name.
 
 A field is used, ignored, or not supported: then it is refused by its name unless it says what would happen anyway.
 null stands for not given. An unknown field is refused with the nearest name. Numbers are numbers: `true` and `"1"` are
-none. Ranges are those of `SamplingParams`.
+none. Ranges are those of `SamplingParams`. What is left out is as the model's `generation_config.json` says
+(temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens), else as `SamplingParams` does.
 
 {tables}
 

@@ -38,8 +38,11 @@ class Wanted:
     """A stream ends with a chunk that has the usage."""
 
 
-def chat_wanted(body: bytes, headers: Headers) -> Wanted:
-    """A body of ``POST /v1/chat/completions``. Raises ``RequestInvalid``, ``BadTarget``."""
+def chat_wanted(body: bytes, headers: Headers, defaults: Mapping[str, Any]) -> Wanted:
+    """A body of ``POST /v1/chat/completions``. Raises ``RequestInvalid``, ``BadTarget``.
+
+    defaults: fields of ``SamplingParams`` for what is left out
+    """
     given = parse(CHAT, body)
     if given.get("tools") and given.get("tool_choice") != "none":
         raise RequestInvalid('tools are given; they are taken only with tool_choice "none"', param="tools")
@@ -55,17 +58,17 @@ def chat_wanted(body: bytes, headers: Headers) -> Wanted:
     elif top:
         raise RequestInvalid("top_logprobs is given without logprobs, which must be true", param="top_logprobs")
     names = {"max_tokens": "max_completion_tokens"} if older is None else {}
-    return _wanted(given, headers, names, messages=given["messages"])
+    return _wanted(given, headers, defaults, names, messages=given["messages"])
 
 
-def completion_wanted(body: bytes, headers: Headers, max_model_len: int) -> Wanted:
-    """A body of ``POST /v1/completions``. Raises ``RequestInvalid``, ``BadTarget``, ``ContextTooLong``."""
+def completion_wanted(body: bytes, headers: Headers, defaults: Mapping[str, Any], max_model_len: int) -> Wanted:
+    """A body of ``POST /v1/completions``, as above. Raises ``RequestInvalid``, ``BadTarget``, ``ContextTooLong``."""
     given = parse(COMPLETIONS, body)
     prompts = given["prompt"]
     for prompt in prompts:
         if type(prompt) is list:  # before millions of ids are packed and sent
             check_prompt_length(len(prompt), max_model_len)
-    wanted = _wanted(given, headers, {}, prompts=prompts)
+    wanted = _wanted(given, headers, defaults, {}, prompts=prompts)
     if len(prompts) * wanted.params.n > MAX_COMPLETIONS:
         text = (
             f"{len(prompts)} prompts with n {wanted.params.n}; at most {MAX_COMPLETIONS} completions are made at once"
@@ -74,12 +77,14 @@ def completion_wanted(body: bytes, headers: Headers, max_model_len: int) -> Want
     return wanted
 
 
-def _wanted(given: dict[str, Any], headers: Headers, names: Mapping[str, str], **prompt: Any) -> Wanted:
+def _wanted(
+    given: dict[str, Any], headers: Headers, defaults: Mapping[str, Any], names: Mapping[str, str], **prompt: Any
+) -> Wanted:
     is_stream = given.get("stream", False)
     if "stream_options" in given and not is_stream:
         raise RequestInvalid("stream_options is given without stream, which must be true", param="stream_options")
     try:
-        params = SamplingParams(**{name: given[name] for name in given.keys() & SAMPLING_NAMES})
+        params = SamplingParams(**{**defaults, **{name: given[name] for name in given.keys() & SAMPLING_NAMES}})
     except RequestInvalid as error:  # in the client's words
         param = names.get(error.param, error.param)
         raise RequestInvalid(str(error).replace(f"SamplingParams.{error.param}", param), param=param) from None

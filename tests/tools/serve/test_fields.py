@@ -26,11 +26,11 @@ ROWS = (
 
 
 def chat(headers: Any = (), **fields: Any) -> Wanted:
-    return chat_wanted(json.dumps({"messages": HELLO, **fields}).encode(), headers)
+    return chat_wanted(json.dumps({"messages": HELLO, **fields}).encode(), headers, {})
 
 
 def complete(headers: Any = (), **fields: Any) -> Wanted:
-    return completion_wanted(json.dumps({"prompt": "hello", **fields}).encode(), headers, 100)
+    return completion_wanted(json.dumps({"prompt": "hello", **fields}).encode(), headers, {}, 100)
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
@@ -45,6 +45,16 @@ def test_every_sampling_field_is_among_those() -> None:
 
     assert {field.name for field in COMPLETIONS.values() if field.where is Where.SAMPLING} == names
     assert {field.name for field in attrs.fields(SamplingParams)} == names
+
+
+@pytest.mark.guarantee("H26")
+def test_what_is_left_out_is_as_the_model_suggests() -> None:
+    suggested = {"temperature": 0.6, "top_k": 20, "max_tokens": 50}
+    body = json.dumps({"messages": HELLO, "top_k": 0, "max_tokens": None}).encode()
+
+    assert chat_wanted(body, (), suggested).params == SamplingParams(temperature=0.6, top_k=0, max_tokens=50)
+    body = json.dumps({"prompt": "hello", "temperature": 1}).encode()
+    assert completion_wanted(body, (), suggested, 100).params == SamplingParams(temperature=1, top_k=20, max_tokens=50)
 
 
 def test_log_probabilities_are_asked_for_in_two_ways() -> None:
