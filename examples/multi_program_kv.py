@@ -27,7 +27,7 @@ model = ModelPrograms.build(ModelSpec.from_directory(files("chipbus") / "demo", 
 with L3Worker([model.prefill, model.decode, model.final_norm, model.lm_head], devices=["cpu:0"]) as worker:
     spec, *buffers = model.tensors
     weights = worker.alloc_weights(spec.source, spec.dtype, spec.fingerprint)
-    k_cache, v_cache, hidden, normed, logits = (worker.alloc_tensor(b.shape, b.dtype) for b in buffers)
+    k_cache, v_cache, hidden, normed, chosen, logits = (worker.alloc_tensor(b.shape, b.dtype) for b in buffers)
     state = (weights, k_cache, v_cache, hidden)
 
     def head(orch) -> None:
@@ -42,7 +42,7 @@ with L3Worker([model.prefill, model.decode, model.final_norm, model.lm_head], de
         head(orch)
 
     def decode(orch, token, position) -> None:
-        orch.submit_next_level(model.decode, *state, ints(token), ints(position), PAGES, ints(0), worker=0)
+        orch.submit_next_level(model.decode, *state, ints(token), ints(position), PAGES, ints(0), chosen, worker=0)
         head(orch)
 
     def choose() -> int:
