@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from ...actors.config import _seconds, _setting, _text, _whole, _yes_or_no
+from ...actors.setting import seconds, setting, text, whole, yes_or_no
 from ...errors import ConfigError
 
 __all__ = ["ServerConfig"]
@@ -30,22 +30,20 @@ def _key(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
 class ServerConfig:
     """Settings of ``bus-run serve`` beside those of its engine. Each is checked here; raises ``ConfigError``."""
 
-    host: str = _setting("127.0.0.1", "address to listen at; one that others can reach needs a key", _text)
-    port: int = _setting(8000, "TCP port; 0: any that is free", _port)
-    served_model_name: str | None = _setting(
-        None, "name of the model for clients; default: its directory's name", _text
-    )
+    host: str = setting("127.0.0.1", "address to listen at; one that others can reach needs a key", text)
+    port: int = setting(8000, "TCP port; 0: any that is free", _port)
+    served_model_name: str | None = setting(None, "name of the model for clients; default: its directory's name", text)
     api_key: str | None = attrs.field(
         default=None,
         validator=attrs.validators.optional(_key),
         repr=False,
         metadata={"help": "key that clients must send; better given as a variable", "flags": (), "secret": True},
     )
-    insecure: bool = _setting(False, "serve without a key also where others can reach it", _yes_or_no)
-    drain_timeout_s: float = _setting(
-        300.0, "for open requests to end after Ctrl-C or SIGTERM, seconds", _seconds, flags=("--drain-timeout",)
+    insecure: bool = setting(False, "serve without a key also where others can reach it", yes_or_no)
+    drain_timeout_s: float = setting(
+        300.0, "for open requests to end after Ctrl-C or SIGTERM, seconds", seconds, flags=("--drain-timeout",)
     )
-    max_body_bytes: int = _setting(4 * 2**20, "longest body of a request", _whole(1))
+    max_body_bytes: int = setting(4 * 2**20, "longest body of a request", whole(1))
 
     def check_exposure(self) -> None:
         """Raise ``ConfigError`` if others could reach the server without a key."""
