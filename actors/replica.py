@@ -18,12 +18,13 @@ import attrs
 import msgspec
 
 from ..bus import Actor, Call, Progress, Ready, handles, pack_tokens, unpack_tokens
-from ..errors import Aborted, ChipbusError, RequestError, WorkerDied, WorkerLost
+from ..errors import Aborted, BadTarget, ChipbusError, RequestError, WorkerDied, WorkerLost
 from ..kernels.dispatch import Completion, Dispatch
 from ..kernels.qwen3.model import ModelSpec
 from ..kernels.qwen3.step import Limits, ModelPrograms, build_step, read_step
 from .attempts import Attempts
 from .boot import SUPERVISOR
+from .handling import Handling
 from .lane import ChipLane, Outcome
 from .messages.launching import AllocTensor, RegisterProgram
 from .messages.serving import LogprobRow, Submit, TokenDelta, TokensDone
@@ -177,6 +178,7 @@ class ReplicaActor(Actor):
         request_id, generated = message.request_id, unpack_tokens(message.generated)
         self._fail(request_id, Aborted(f"a later attempt has taken the place of request {request_id}"))
         try:
+            self._check_pin(message.handling)
             ending = self._scheduler.add(
                 request_id, unpack_tokens(message.prompt_token_ids), message.params, generated,
                 priority=message.handling.priority, is_admitted=message.attempt > 1,
@@ -193,6 +195,13 @@ class ReplicaActor(Actor):
         self._serving[request_id] = serving
         call.on_cancel(lambda _: self._abort(request_id, call))
         self._launch()
+
+    def _check_pin(self, handling: Handling) -> None:
+        """Whoever sends a request that is pinned elsewhere is at fault; serving it here would only hide that."""
+        for name, mine in (("replica", self.config.replica), ("dp_rank", self.config.dp_rank)):
+            wanted = getattr(handling, name)
+            if wanted not in (None, mine):
+                raise BadTarget(f"{name} {wanted} was asked of the core that is {name} {mine}", param=name)
 
     def _abort(self, request_id: str, call: Call) -> None:
         serving = self._serving.get(request_id)

@@ -16,7 +16,16 @@ from chipbus.actors.messages.serving import Submit
 from chipbus.actors.messages.tree import ReplicaStatisticsRequest
 from chipbus.actors.sampling import SamplingParams
 from chipbus.bus import pack_tokens
-from chipbus.errors import Aborted, ChipbusError, ContextTooLong, KernelError, Overloaded, RequestInvalid, WorkerDied
+from chipbus.errors import (
+    Aborted,
+    BadTarget,
+    ChipbusError,
+    ContextTooLong,
+    KernelError,
+    Overloaded,
+    RequestInvalid,
+    WorkerDied,
+)
 from chipbus.kernels.null import Fault, NullChip
 
 
@@ -301,3 +310,20 @@ def test_a_request_with_a_lower_priority_number_overtakes_those_that_wait() -> N
 
     assert not replica.asker.answers[1].items
     replica.finish()
+
+
+@pytest.mark.guarantee("R69")
+@pytest.mark.parametrize("pin", [{"replica": 1}, {"dp_rank": 1}])
+def test_a_core_refuses_what_is_pinned_to_another(pin: dict[str, int]) -> None:
+    replica = Replica(3)
+    astray, right = (
+        Answer(attrs.evolve(submit([24, 25], max_tokens=3), request_id=f"r{n}", handling=Handling(**where), attempt=1))
+        for n, where in enumerate((pin, dict.fromkeys(pin, 0)))
+    )
+    replica.asker.submit_again(astray)
+    replica.asker.submit_again(right)
+    replica.system.run_until(lambda: astray.is_over and right.is_over)
+
+    assert type(astray.error) is BadTarget
+    assert f"{next(iter(pin))} 1 was asked of the core that is" in str(astray.error)
+    assert right.error is None
