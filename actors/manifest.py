@@ -1,4 +1,4 @@
-"""The first file of a record: what ran, with which settings, on which checkpoint. Format 1; read by ``bus-replay``."""
+"""The first file of a record: what ran, with which settings, on which checkpoint. Format 2; read by ``bus-replay``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import ConfigError
 
 __all__ = ["RECORD_FORMAT", "RunManifest", "plain_settings", "write_manifest"]
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 
 
 @attrs.frozen(kw_only=True)

@@ -138,9 +138,9 @@ def test_a_killed_process_leaves_a_record_that_replays_as_far_as_it_goes(recordi
 @pytest.mark.guarantee("L15")
 def test_a_record_of_another_format_is_refused(recording: Recording) -> None:
     recording.run(PROMPTS)
-    recording.write_manifest(format=2)
+    recording.write_manifest(format=1)
 
-    with pytest.raises(ConfigError, match="has record format 2; this version reads format 1"):
+    with pytest.raises(ConfigError, match="has record format 1; this version reads format 2"):
         open_record(recording.directory)
 
 
@@ -177,11 +177,11 @@ def no_manifest(recording: Recording) -> None:
 
 
 def no_json(recording: Recording) -> None:
-    (recording.directory / "run.json").write_text('{"format": 1, ')
+    (recording.directory / "run.json").write_text('{"format": 2, ')
 
 
 def no_fields(recording: Recording) -> None:
-    (recording.directory / "run.json").write_text('{"format": 1}')
+    (recording.directory / "run.json").write_text('{"format": 2}')
 
 
 def no_ledgers(recording: Recording) -> None:
