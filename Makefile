@@ -13,7 +13,7 @@ PIP     := $(PYTHON) -m pip --quiet --disable-pip-version-check
 INSTALL := install --no-build-isolation
 SITE    := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: run test test-fast test-torch chaos sanitize lint types demo-model clean
+.PHONY: run serve test test-fast test-torch chaos sanitize lint types demo-model clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/native/*.cpp kernels/native/*.h kernels/native/*.inl)
 	test -x $(PYTHON) || python3.11 -m venv $(VENV) || python3 -m venv $(VENV)
@@ -26,8 +26,15 @@ $(VENV)/.installed-dev: $(STAMP)  # the native engine is there already
 	CHIPBUS_BUILD_NATIVE=0 $(PIP) $(INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.installed-serve: $(STAMP)
+	CHIPBUS_BUILD_NATIVE=0 $(PIP) $(INSTALL) -c constraints.txt -e '.[serve]'
+	touch $@
+
 run: $(STAMP)  ## generate text from the demo model through every actor: make run PROMPT="…" MODEL=… ARGS="…"
 	$(VENV)/bin/bus-run generate $(MODEL) -p "$(PROMPT)" $(ARGS)
+
+serve: $(VENV)/.installed-serve  ## OpenAI's API on http://127.0.0.1:8000/v1: make serve MODEL=… ARGS="-dp 2"
+	$(VENV)/bin/bus-run serve $(MODEL) $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the whole suite
 	$(VENV)/bin/pytest -n $(JOBS) --dist worksteal

@@ -313,7 +313,7 @@ def test_show_as_json_is_one_object_per_line(recording: Recording) -> None:
     shown = CliRunner().invoke(bus_replay, ["show", str(recording.directory), "--json"], catch_exceptions=False)
 
     head, *lines = [json.loads(line) for line in shown.stdout.splitlines()]
-    assert head["format"] == 1
+    assert head["format"] == 2
     assert len(lines) == 62
     assert {line["kind"] for line in lines} == {"message", "batch", "chip", "register", "alloc", "free", "dispatch"}
 
