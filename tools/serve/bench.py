@@ -44,6 +44,8 @@ _PROMPT, _TOKENS = 16, 4  # of one request to a null chip
 _AT_ONCE = 64
 _IDLE_ASKS = 200
 _PATH = "/v1/completions"
+_SIZES = (f"--max-num-seqs={_AT_ONCE}", "--max-model-len=512", f"--kv-pages={4 * _AT_ONCE}")
+"""Of ours with a checkpoint: room for every stream, and no more, as the others are in memory, too."""
 
 Work = Sequence[tuple[Sequence[int], int]]
 """Prompts, as token ids, and how many tokens each is to be continued by."""
@@ -137,7 +139,7 @@ def _checkpoint_rows(model: str, rounds: int, peers: Peers) -> list[Row]:
     measured: dict[str, list[float] | str] = {}
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(
-            _serving("chipbus", _bus_run("serve", model, "--port=0", f"--max-num-seqs={_AT_ONCE}"))
+            _serving("chipbus", _bus_run("serve", model, "--port=0", *_SIZES))
         )
         systems: dict[str, Callable[[Work], float]] = {"chipbus": lambda todo: _http_rate(ours, todo)}
         if peers.openvino:

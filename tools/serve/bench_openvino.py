@@ -28,7 +28,7 @@ def main() -> int:
     scheduler.max_num_seqs = int(sys.argv[3])
     scheduler.max_num_batched_tokens = 4096
     scheduler.dynamic_split_fuse = True
-    scheduler.cache_size = 6
+    scheduler.cache_size = 4
     settings = {"INFERENCE_NUM_THREADS": int(sys.argv[2]), "ENABLE_CPU_PINNING": False}
     pipe = genai.ContinuousBatchingPipeline(sys.argv[1], scheduler, "CPU", settings)
 
