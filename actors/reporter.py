@@ -271,7 +271,8 @@ class Reporter:
         """Nothing more is served: who waits gets what is known, and listeners may look for the end."""
         self._is_over = True
         self._tell_waiting()
-        self._write(self.report())
+        if self._files is not None:  # nor, of an engine that never began, is there anything to tell
+            self._write(self.report())
         self.log.notify()
 
     def close(self) -> None:

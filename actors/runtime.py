@@ -10,7 +10,6 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import attrs
@@ -19,7 +18,7 @@ from ..bus import Progress, pack_tokens
 from ..errors import ChipbusError, RequestInvalid
 from .handling import Handling, pinned_replica
 from .host import HostActor
-from .manifest import plain_settings, write_manifest
+from .manifest import installed_version, plain_settings, write_manifest
 from .messages.serving import ChatTurn, Detokenize, Detokenized, Encoded, Generate, Tokenize
 from .messages.tree import ChildRecord, CloseReport, Drain, Drained
 from .outputs import Statistics
@@ -58,7 +57,7 @@ class Runtime:
         )
         self.processes = ProcessTree(self._host, settings, on_progress)
         self._host.reporter.about = About(
-            version=version("chipbus"),
+            version=installed_version(),
             model=config.model,
             chip=config.chip,
             run_dir=str(self.processes.run_dir),

@@ -24,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Of several test processes at once each has a place of its own for what the leak checks look after."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
+        config.option.basetemp = Path(tempfile.tempdir) / "t"  # short, too: sockets are made below it
         os.environ.pop("XDG_RUNTIME_DIR", None)
         config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"]))
 

@@ -138,9 +138,7 @@ def _checkpoint_rows(model: str, rounds: int, peers: Peers) -> list[Row]:
     threads = len(os.sched_getaffinity(0))
     measured: dict[str, list[float] | str] = {}
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(
-            _serving("chipbus", _bus_run("serve", model, "--port=0", *_SIZES))
-        )
+        ours = stack.enter_context(_serving("chipbus", _bus_run("serve", model, "--port=0", *_SIZES)))
         systems: dict[str, Callable[[Work], float]] = {"chipbus": lambda todo: _http_rate(ours, todo)}
         if peers.openvino:
             name, rate = stack.enter_context(_openvino(peers.openvino, f"{model.rstrip('/')}-openvino-bf16", threads))

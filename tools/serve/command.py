@@ -13,13 +13,13 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import attrs
 
 from ...actors.async_engine import AsyncEngine
 from ...actors.logs import configure_logging
+from ...actors.manifest import installed_version
 from ...bus import Progress
 from ...errors import ConfigError
 from ...kernels.memory import available_bytes
@@ -139,7 +139,7 @@ class _Serving:
 
     def _introduce(self, engine: AsyncEngine) -> None:
         say = self._view.say
-        say(f"chipbus {version('chipbus')}")
+        say(f"chipbus {installed_version()}")
         for setting in (*self._resolved.settings, *self._resolved.server_settings):
             if setting.source != "default":
                 say(f"  {setting.as_toml()}  ({setting.source})")

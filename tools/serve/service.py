@@ -11,12 +11,12 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 
 import attrs
 import msgspec
 
 from ...actors.async_engine import AsyncEngine
+from ...actors.manifest import installed_version
 from ...errors import NotReady
 from .answers import Answer
 from .failures import Refused
@@ -36,7 +36,7 @@ class Service:
         self.created = int(time.time())
         self.run = secrets.token_hex(4)
         """In every id, which is so not given out again by the next server."""
-        self.version = version("chipbus")
+        self.version = installed_version()
         self.fingerprint = f"{self.version}-{_digest(engine)}"
         self.state = "starting"  # then serving, then draining
         self.served = 0
