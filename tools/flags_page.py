@@ -38,7 +38,7 @@ commands. The key is never printed.
 
 {server}
 
-## Sampling, `bus-run generate`
+## Sampling, `bus-run generate` and `bus-run chat`
 
 Names, ranges and meanings are those of `SamplingParams`. One default differs: on the command line `--temperature` is 0,
 greedy, so that the same command prints the same text. `--seed` is the request's own; `--engine-seed` draws seeds for

@@ -17,7 +17,6 @@ from http_server import RunningServer, events_of, joined, running_server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chipbus import errors
 from chipbus.actors.sampling import SamplingParams
 from chipbus.tools.serve import connections, http
 from chipbus.tools.serve.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Where
@@ -163,57 +162,65 @@ def test_a_killed_replica_costs_a_stream_no_token(server: RunningServer) -> None
     assert server.comes_to_rest()
 
 
-def fail_open_request(server: RunningServer, error: errors.ChipbusError) -> None:
-    """As if everything had been tried for it. No process is harmed."""
-    host = server.engine._runtime._host
+@pytest.fixture(scope="module")
+def strict() -> Iterator[RunningServer]:
+    """A server that gives a request two seconds, and gives it up at the first death."""
+    with running_server(
+        chip="null", log_level="error", request_timeout_s=2.0, max_request_restarts=0, max_restarts=100
+    ) as server:
+        yield server
 
-    def fail() -> None:
-        [request] = host._requests.values()
-        request.withdraw()
-        host._failed(request, error)
 
-    server.engine._runtime.processes.post(fail)
+def struck(server: RunningServer, number: int, *, is_stream: bool) -> bytes:
+    """All that a client is told whose request's chip gets this signal."""
+    body = {"prompt": "chip", "max_tokens": 2000, "ignore_eos": True, "stream": is_stream}
+    assert comes_true(lambda: all(record.state == "ready" for record in server.engine.tree()), 20)
+    chip = next(record.pid for record in server.engine.tree() if record.kind == "chip")
+    with server.raw() as connection:
+        connection.sendall(post_bytes(TEXT, json.dumps(body).encode(), "connection: close"))
+        assert comes_true(lambda: server.statistics().running == 1, 20)
+        if is_stream:
+            assert connection.recv(10, socket.MSG_PEEK)
+        os.kill(chip, number)
+        try:
+            return everything(connection)
+        finally:
+            if number == signal.SIGSTOP:
+                os.kill(chip, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "code"),
-    [
-        (errors.WorkerDied("replica 0 died too often"), 500, "worker_died"),
-        (errors.DeadlineExceeded("no answer within 1 s"), 504, "deadline_exceeded"),
-        (errors.KernelError("a task raised"), 500, "internal"),
-    ],
+    ("number", "status", "code"),
+    [(signal.SIGKILL, 500, "worker_died"), (signal.SIGSTOP, 504, "deadline_exceeded")],
 )
 def test_what_fails_is_told_with_its_status_if_nothing_of_it_was_sent(
-    server: RunningServer, error: errors.ChipbusError, status: int, code: str
+    strict: RunningServer, number: int, status: int, code: str
 ) -> None:
-    with server.raw() as connection:
-        body = {"prompt": "chip", "max_tokens": 2000, "ignore_eos": True}
-        connection.sendall(post_bytes(TEXT, json.dumps(body).encode(), "connection: close"))
-        assert comes_true(lambda: server.statistics().running == 1, 20)
-        fail_open_request(server, error)
-        shown = everything(connection)
+    shown = struck(strict, number, is_stream=False)
 
     assert shown.startswith(b"HTTP/1.1 %d " % status)
     assert b'"code":"%s"' % code.encode() in shown
-    assert str(error).encode() in shown
-    assert server.comes_to_rest()
+    assert strict.comes_to_rest()
 
 
 @pytest.mark.guarantee("H11")
-def test_a_stream_that_fails_ends_with_one_error_event_and_no_done(server: RunningServer) -> None:
-    body = {"prompt": "chip", "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    with server.raw() as connection:
-        connection.sendall(post_bytes(TEXT, json.dumps(body).encode()))
-        assert connection.recv(10)
-        fail_open_request(server, errors.WorkerDied("replica 0 died too often"))
-        shown = everything(connection)
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [(signal.SIGKILL, "server_error", "worker_died"), (signal.SIGSTOP, "timeout_error", "deadline_exceeded")],
+)
+def test_a_stream_that_fails_ends_with_one_error_event_and_no_done(
+    strict: RunningServer, number: int, kind: str, code: str
+) -> None:
+    shown = struck(strict, number, is_stream=True)
+
+    assert shown.startswith(b"HTTP/1.1 200 ")
     assert shown.count(b'"error"') == 1
-    assert b'"code":"worker_died"' in shown
-    assert b'"type":"server_error"' in shown
+    assert b'"code":"%s"' % code.encode() in shown
+    assert b'"type":"%s"' % kind.encode() in shown
     assert b"[DONE]" not in shown
     assert b'"finish_reason":"' not in shown
     assert not shown.endswith(b"0\r\n\r\n"), "the connection ends in the middle"
-    assert server.comes_to_rest()
+    assert strict.comes_to_rest()
 
 
 @pytest.mark.guarantee("H12")
