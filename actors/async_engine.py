@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -122,8 +121,7 @@ class AsyncEngine:
                     if delta.finished:
                         return
         finally:
-            if not state.is_over:
-                self._runtime.abort(state.request_id)
+            self._runtime.leave(state)
 
     async def _finish(
         self, prompts: Sequence[Prompt], params: SamplingParams | None, handling: Handling | None
@@ -142,8 +140,7 @@ class AsyncEngine:
             return [state.whole() for state in pending]
         except BaseException:
             for state in pending:
-                if not state.is_over:
-                    self._runtime.abort(state.request_id)
+                self._runtime.leave(state)
             raise
 
     def abort(self, request_id: str) -> None:
@@ -262,7 +259,7 @@ class _Wakes:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._changed: deque[asyncio.Event] = deque()
+        self._changed: set[asyncio.Event] = set()  # each once, however long the loop does not look
         self._is_woken = False
 
     def is_for(self, loop: asyncio.AbstractEventLoop) -> bool:
@@ -273,8 +270,10 @@ class _Wakes:
         """What sets ``changed`` in the loop, to be called on any thread."""
 
         def on_change() -> None:
-            self._changed.append(changed)
-            if not self._is_woken and not self._loop.is_closed():  # a loop that has ended needs no waking
+            if self._loop.is_closed():  # it needs no waking, and nobody would take this out again
+                return
+            self._changed.add(changed)
+            if not self._is_woken:
                 self._is_woken = True
                 self._loop.call_soon_threadsafe(self._wake)
 
@@ -283,4 +282,4 @@ class _Wakes:
     def _wake(self) -> None:
         self._is_woken = False  # first: what is added from here on is told again, or found below
         while self._changed:
-            self._changed.popleft().set()
+            self._changed.pop().set()

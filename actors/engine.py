@@ -124,7 +124,7 @@ class Engine:
         state = self._runtime.submit(prompt, params or SamplingParams(), handling or ANYHOW, _notify(changed))
         deltas = self._deltas(state, changed)
         # A generator that was never begun has nothing to leave; so whoever drops it aborts all the same.
-        weakref.finalize(deltas, _abort_unless_over, self._runtime, state).atexit = False
+        weakref.finalize(deltas, self._runtime.leave, state).atexit = False
         return deltas
 
     def _deltas(self, state: RequestState, changed: threading.Condition) -> Iterator[RequestOutput]:
@@ -139,7 +139,7 @@ class Engine:
                 if delta.finished:
                     return
         finally:
-            _abort_unless_over(self._runtime, state)
+            self._runtime.leave(state)
 
     def _finish(
         self, prompts: Sequence[Prompt], params: SamplingParams | None, handling: Handling | None
@@ -158,7 +158,7 @@ class Engine:
             return outputs
         except BaseException:
             for state in pending:
-                _abort_unless_over(self._runtime, state)
+                self._runtime.leave(state)
             raise
 
     def abort(self, request_id: str) -> None:
@@ -246,11 +246,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _abort_unless_over(runtime: Runtime, state: RequestState) -> None:
-    if not state.is_over:
-        runtime.abort(state.request_id)
 
 
 def _notify(changed: threading.Condition) -> Callable[[], None]:

@@ -77,7 +77,6 @@ class HostActor(TreeActor):
         self._dead: ChipbusError | None = None
         self._look_is_due = False
         self.replicas: tuple[ReplicaStatistics, ...] = ()  # replaced whole, so other threads may read it
-        self.requests_total = 0
         self.reporter = Reporter()
 
     def on_start(self) -> None:
@@ -104,7 +103,6 @@ class HostActor(TreeActor):
             return
         if state.is_over:  # another of the prompt's completions has failed meanwhile
             return
-        self.requests_total += 1
         now_ns = self.ctx.clock.now_ns()
         deadline_ns = now_ns + int(timeout_s * 1e9)
         attempts = Attempts(self._max_request_restarts)
@@ -146,7 +144,6 @@ class HostActor(TreeActor):
                 self._failed(request, error)
             else:
                 self.reporter.delta(request.measured, count_tokens(item.token_ids), self.ctx.clock.now_ns())
-
         elif isinstance(item, Routed):
             request.measured.replica = item.replica
 

@@ -114,6 +114,11 @@ class Runtime:
         """Cancel a prompt, all its completions; an unknown or ended id is ignored."""
         self.processes.post(partial(self._host.abort, request_id))
 
+    def leave(self, state: RequestState) -> None:
+        """Its caller reads no further: abort it, unless it is over."""
+        if not state.is_over:
+            self.abort(state.request_id)
+
     # Text.
 
     def ask_about_text(self, message: Tokenize | Detokenize, on_done: Callable[[TextAnswer], None]) -> None:
@@ -146,7 +151,7 @@ class Runtime:
             pages_free=sum(r.pages_free for r in rows),
             running=sum(r.running for r in rows),
             waiting=sum(r.waiting for r in rows),
-            requests=self._host.requests_total,
+            requests=self._host.reporter.meter.requests,
             steps=sum(r.steps for r in rows),
             prompt_tokens=sum(r.prompt_tokens for r in rows),
             tokens_generated=sum(r.tokens_generated for r in rows),
@@ -156,7 +161,7 @@ class Runtime:
         )
 
     def report(self) -> EngineReport:
-        """Ask the processes now, or share an answer of the last second; those that do not answer are as last known."""
+        """Ask the processes now, or share an answer of the last half second; who does not answer is as last known."""
         self.processes.check_usable()
         answers: list[EngineReport] = []
         answered = threading.Event()

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,20 +20,13 @@ import pytest
 from chipbus.kernels.native.shapes import engine_of
 from chipbus.tools import console
 from chipbus.tools.run_commands import bus_run
-from support import eventually, our_processes, run_directories
+from support import eventually, our_processes
 
 BUS_RUN = [sys.executable, "-m", "chipbus.tools.bus_run"]
 DEMO = Path(__file__).resolve().parents[2] / "chipbus" / "demo"
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in [name for name in os.environ if name.startswith("CHIPBUS_")]:
-        monkeypatch.delenv(variable)
-    before = run_directories()
-    yield
-    eventually(lambda: not our_processes(), "every process is gone")
-    eventually(lambda: run_directories() <= before, "every run directory is gone")
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 def bus_run_process(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:

@@ -237,11 +237,9 @@ def _soak(seconds: float) -> str:
 
 def _resident_bytes(address: tuple[str, int]) -> int:
     report = json.loads(_get(address, "/state.json"))
-    pids = [process["record"]["pid"] for process in report["processes"] if process["record"]["pid"]]
-    pids += [int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) for pid in pids[:1]]  # the host
     total = 0
-    for pid in set(pids):
-        with contextlib.suppress(OSError):
+    for pid in (process["record"]["pid"] for process in report["processes"]):  # the server's own among them
+        with contextlib.suppress(OSError):  # one that is being restarted has none
             total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return total
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -24,21 +23,14 @@ from chipbus.tools import console
 from chipbus.tools.run_commands import bus_run
 from chipbus.tools.serve.config import ServerConfig
 from chipbus.tools.settings import resolve_settings
-from support import comes_true, eventually, our_processes, run_directories
+from support import comes_true, our_processes
 
 BUS_RUN = [sys.executable, "-m", "chipbus.tools.bus_run"]
 TEXT = "/v1/completions"
 ENDLESS = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in [name for name in os.environ if name.startswith("CHIPBUS_")]:
-        monkeypatch.delenv(variable)
-    before = run_directories()
-    yield
-    eventually(lambda: not our_processes(), "every process is gone")
-    eventually(lambda: run_directories() <= before, "every run directory is gone")
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 class Served:
