@@ -161,7 +161,7 @@ class Reporter:
     # Reports.
 
     def ask(self, on_done: Callable[[EngineReport], None]) -> None:
-        """A report, from answers that are at most a second old; of processes that do not answer, what is known."""
+        """A report, from answers that are at most half a second old; of processes that do not answer, what is known."""
         if self._is_over or (
             self._answered_ns is not None and self._ctx.clock.now_ns() - self._answered_ns < ANSWERS_AGE_NS
         ):
