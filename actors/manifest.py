@@ -24,7 +24,7 @@ def installed_version() -> str:
 
     try:
         return version("chipbus")
-    except PackageNotFoundError:
+    except (PackageNotFoundError, OSError):  # the first also where its file could not be looked for
         return "unknown"
 
 

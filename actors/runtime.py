@@ -55,9 +55,10 @@ class Runtime:
             record=config.record,
             run_dir=config.run_dir,
         )
+        version = installed_version()  # now: it opens files, and nobody would take down what a failure left behind
         self.processes = ProcessTree(self._host, settings, on_progress)
         self._host.reporter.about = About(
-            version=installed_version(),
+            version=version,
             model=config.model,
             chip=config.chip,
             run_dir=str(self.processes.run_dir),
