@@ -77,7 +77,7 @@ class ProcessTree:
         try:
             self._node = Node(config, actor)
         except BaseException:
-            self._run_dir.remove(KILLED_S)  # a descriptor it needs may be on its way back, from a thread of ZeroMQ's
+            self._run_dir.remove(0.0)
             raise
         self._thread = threading.Thread(target=self._run_bus, name="chipbus", daemon=True)
 
