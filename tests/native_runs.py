@@ -22,8 +22,8 @@ from chipbus.kernels.torch_kernels import Window, Workspace
 from chipbus.kernels.weights import pack
 
 __all__ = [
-    "ENGINES", "ISAS", "NEEDS_NATIVE", "Prepared", "Row", "cut", "dtype_of", "plan_of", "prepare", "randn",
-    "run_native", "run_torch", "same_bits", "threads_here", "window_tiles",
+    "ENGINES", "ISAS", "NEEDS_NATIVE", "Prepared", "Row", "core_threads", "cut", "dtype_of", "plan_of", "prepare",
+    "randn", "run_native", "run_torch", "same_bits", "window_tiles",
 ]  # fmt: skip
 
 _KNOWN = ("avx2", "avx512", "avx512bf16", "amx", "amx-emulated")
@@ -38,9 +38,15 @@ ENGINES = [*_HERE, "none"]
 """What ``CpuChip`` takes as ``isa``: every native engine of this machine, and torch."""
 
 
-def threads_here() -> int:
-    """Threads of this process."""
-    return len(list(Path("/proc/self/task").iterdir()))
+def core_threads() -> int:
+    """Threads of native engines in this process. By name: torch and tqdm start some of their own when they please."""
+    names = []
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            names.append((thread / "comm").read_text())
+        except OSError:  # it ended
+            continue
+    return sum(name.startswith("chip core ") for name in names)
 
 
 def dtype_of(tensor: Tensor) -> str:

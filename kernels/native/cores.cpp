@@ -1,5 +1,7 @@
 #include "cores.h"
 
+#include <pthread.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
@@ -89,7 +91,10 @@ Graph::Graph(std::vector<Task> tasks, std::vector<int32_t> successors) : tasks_(
 Cores::Cores(int threads, const KernelSet& kernels) : kernels_(kernels) {
     for (int core = 0; core < threads; ++core) cores_.push_back(std::make_unique<Core>());
     try {
-        for (int32_t core = 1; core < threads; ++core) threads_.emplace_back([this, core] { live(core); });
+        for (int32_t core = 1; core < threads; ++core) {
+            threads_.emplace_back([this, core] { live(core); });
+            pthread_setname_np(threads_.back().native_handle(), ("chip core " + std::to_string(core)).substr(0, 15).c_str());
+        }
     } catch (...) {  // no more threads to be had
         end_threads();
         throw;

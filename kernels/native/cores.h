@@ -45,8 +45,8 @@ struct CoreCounters {
 
 class Cores {
   public:
-    // The caller of ``run`` is core 0; ``threads`` - 1 more are started now and joined by the destructor. Throws
-    // std::system_error if there are no more threads to be had.
+    // The caller of ``run`` is core 0; ``threads`` - 1 more are started now, named "chip core N" to who looks at the
+    // process, and joined by the destructor. Throws std::system_error if there are no more threads to be had.
     Cores(int threads, const KernelSet& kernels);
     ~Cores();
     Cores(const Cores&) = delete;

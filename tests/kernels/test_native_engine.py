@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_runs import ISAS, NEEDS_NATIVE, Prepared, prepare, randn, same_bits, threads_here
+from native_runs import ISAS, NEEDS_NATIVE, Prepared, core_threads, prepare, randn, same_bits
 from torch import Tensor
 
 from chipbus.errors import ConfigError, CoreException
@@ -247,13 +247,13 @@ def test_a_graph_without_tasks_ends() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_the_threads_of_an_engine_end_with_it(threads: int) -> None:
     gc.collect()  # engines of other tests
-    before = threads_here()
+    before = core_threads()
     cores = open_cores(threads)
-    assert (cores.threads, threads_here()) == (threads, before + threads - 1)
+    assert (cores.threads, core_threads()) == (threads, before + threads - 1)
     graph = library.Graph(*structure([0] * 50, [[]] * 50))
     cores.run(graph, 0, 0, 0, check=False)
     del cores
-    eventually(lambda: threads_here() <= before, "the engine's threads have ended")
+    eventually(lambda: core_threads() <= before, "the engine's threads have ended")
 
 
 def test_an_engine_that_cannot_be_is_refused_with_a_sentence() -> None:
@@ -321,7 +321,7 @@ def test_engines_of_one_process_do_not_touch_each_other() -> None:
 def test_an_engine_may_be_used_and_dropped_on_another_thread_than_it_was_made_on() -> None:
     program = busy_program(0)
     gc.collect()
-    before = threads_here()
+    before = core_threads()
     made = [filled(program, 3)]
 
     def use() -> None:
@@ -332,7 +332,7 @@ def test_an_engine_may_be_used_and_dropped_on_another_thread_than_it_was_made_on
     with ThreadPoolExecutor(1) as pool:
         pool.submit(use).result(30)
     gc.collect()
-    eventually(lambda: threads_here() <= before, "the engine's threads have ended")
+    eventually(lambda: core_threads() <= before, "the engine's threads have ended")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_runs import LIMITS, RunningModel
-from native_runs import ENGINES, ISAS, NEEDS_NATIVE, same_bits, threads_here
+from native_runs import ENGINES, ISAS, NEEDS_NATIVE, core_threads, same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -240,11 +240,10 @@ def segments() -> int:
 
 @NEEDS_NATIVE
 def test_packed_weights_and_threads_are_given_back(checkpoint: Callable[[str], Path]) -> None:
-    CpuChip(3, isa="none")  # has torch start its own threads
     gc.collect()
-    none, before = segments(), threads_here()
+    none, before = segments(), core_threads()
     chip = CpuChip(3)
-    assert threads_here() == before + 2
+    assert core_threads() == before + 2
     model = RunningModel(checkpoint("tied"), chip=chip)
     weights = model.programs.tensors[0]
     text = prompts(500, (9,))
@@ -264,7 +263,7 @@ def test_packed_weights_and_threads_are_given_back(checkpoint: Callable[[str], P
     chip.close()
     assert segments() == none
     gc.collect()
-    eventually(lambda: threads_here() <= before, "the engine's threads have ended")
+    eventually(lambda: core_threads() <= before, "the engine's threads have ended")
 
 
 # NaN
