@@ -20,7 +20,7 @@ from chipbus.errors import ChipbusError, EngineClosed
 from support import comes_true, eventually
 
 SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-SECRET = "Xyzzy plugh: the key is kryptonite-4711."
+SECRET = "Xyzzy plugh: the key is kryptonite-4711081547."
 KILLED_HOST = """
 import os, signal, sys
 from chipbus import Engine, SamplingParams
@@ -123,7 +123,7 @@ def test_no_report_and_no_event_repeats_what_a_request_says(tmp_path: Path) -> N
     for path in ("report.json", "events.jsonl"):
         said += (tmp_path / "run" / path).read_bytes().lower()
     assert said.count(b"sigkill") >= 2
-    for secret in (b"xyzzy", b"plugh", b"kryptonite", b"4711"):
+    for secret in (b"xyzzy", b"plugh", b"kryptonite", b"4711081547"):
         assert secret not in said
 
 

@@ -15,7 +15,7 @@ from chipbus import Engine, SamplingParams
 from chipbus.errors import ChipbusError, WorkerError
 from support import eventually
 
-SECRET = "Xyzzy plugh: the key is kryptonite-4711."
+SECRET = "Xyzzy plugh: the key is kryptonite-4711081547."  # long enough to be no pid and no part of a time
 
 
 def runs_of(ids: list[int]) -> re.Pattern[str]:
@@ -53,7 +53,7 @@ def test_no_log_of_any_process_holds_what_a_request_says(
     logged = out + err + caplog.text
     assert logged.count("event='request.failed'") >= 3  # too long, and a token id no vocabulary has
     assert logged.count("event=child.exited") >= 6
-    for secret in ("xyzzy", "plugh", "kryptonite", "4711", "swordfish", first.outputs[0].text[:12].lower()):
+    for secret in ("xyzzy", "plugh", "kryptonite", "4711081547", "swordfish", first.outputs[0].text[:12].lower()):
         assert secret not in logged.lower()
     for numbers in (ids, said):
         assert not runs_of(numbers).search(logged)
