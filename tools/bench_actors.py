@@ -20,7 +20,6 @@ ENTRIES = {"resident": f"{__name__}:Resident"}
 WARDENS = {name: (*modules, __name__) for name, modules in PRELOADS.items()}
 """As large as those of an engine."""
 _HOLD_S = 60
-_HELD_AFTER_S = 0.05  # so that ``Ready`` has left
 
 
 @message(0x01F7, lane=Lane.WORK)
@@ -52,8 +51,14 @@ class Resident(Actor):
     def on_start(self) -> None:
         """Nothing has to be loaded."""
         self.ctx.tell("supervisor", Ready(0.0))
-        if self._holds_lock:
-            self.ctx.after(_HELD_AFTER_S, lambda: ctypes.PyDLL(None).sleep(_HOLD_S) and None)
+
+    def on_peer_up(self, name: str) -> None:
+        """``Ready`` leaves at the end of the turn in which the link came up; the second timer is due after that."""
+        if self._holds_lock and name == "supervisor":
+            self.ctx.after(0.0, lambda: self.ctx.after(0.0, self._hold) and None)
+
+    def _hold(self) -> None:
+        ctypes.PyDLL(None).sleep(_HOLD_S)
 
     @handles(Stay)
     def _stay(self, _: Stay, call: Call) -> None:
