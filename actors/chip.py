@@ -273,7 +273,8 @@ class ChipActor(Actor):
             self._running = (what, self.ctx.clock.now_ns())
             verb(self._chip)
             self._committed_bytes = self._chip.resident_bytes
-            return Done(seconds=time.perf_counter() - began, resident_bytes=self._committed_bytes)
+            seconds = time.perf_counter() - began
+            return Done(seconds, self._committed_bytes, self._chip.is_uniform)
 
         self._submit(call, job, kind, lambda _: [(kind, fields)])
 

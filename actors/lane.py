@@ -73,6 +73,7 @@ class ChipLane:
         self.state = LaneState.ABSENT
         self.incarnation = 0
         self.committed_bytes = 0  # as of the last command that ended
+        self.is_uniform = False  # the same; see ``Chip.is_uniform``
         self.first_cause: ChipbusError | None = None  # why the chip takes no work; later errors are its fallout
         self._ctx = ctx
         self._depth = depth
@@ -173,7 +174,7 @@ class ChipLane:
 
         def replied(reply: Any) -> None:
             if isinstance(reply, Done):
-                self.committed_bytes = reply.resident_bytes
+                self.committed_bytes, self.is_uniform = reply.resident_bytes, reply.is_uniform
             on_reply(reply)
 
         # Commands run in order with launches, so one of them may have to wait for those.

@@ -21,13 +21,14 @@ __all__ = ["PagePool", "page_keys"]
 _FREE = b"\x01"
 
 
-def page_keys(tokens: NDArray[np.int32], page_size: int) -> list[bytes]:
+def page_keys(tokens: NDArray[np.int32], page_size: int, before: bytes = b"") -> list[bytes]:
     """What names the content of each whole page of ``tokens`` (T,): equal keys, equal tokens from position 0 on.
 
     BLAKE2b-128 over the key of the page before (nothing for the first) and the page's ids, 4 bytes little-endian each.
+    ``before``: key of the page before ``tokens``.
     """
     data, width = tokens.astype("<i4", copy=False).tobytes(), 4 * page_size
-    keys, key = [], b""
+    keys, key = [], before
     for begin in range(0, len(data) - width + 1, width):
         key = hashlib.blake2b(key + data[begin : begin + width], digest_size=16).digest()
         keys.append(key)

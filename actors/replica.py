@@ -60,6 +60,7 @@ class _Serving:
     call: Call
     arrived_ns: int
     attempts: Attempts  # on lives of the chip
+    num_prompt_tokens: int
     num_tokens: int  # of its answer, delivered by this or an earlier life
     first_step_ns: int = 0
     first_token_ns: int = 0
@@ -169,25 +170,27 @@ class ReplicaActor(Actor):
             seconds = (self.ctx.clock.now_ns() - self._began_ns) / 1e9
             detail = f"{self._lane.committed_bytes / 2**20:.0f} MiB resident"
             self.ctx.tell_ready(SUPERVISOR, Ready(seconds=seconds, detail=detail))
+        self._scheduler.is_uniform = self._lane.is_uniform
         self._launch()
 
     # Requests.
 
     @handles(Submit)
     def _submit(self, message: Submit, call: Call) -> None:
-        request_id, generated = message.request_id, unpack_tokens(message.generated)
+        request_id = message.request_id
+        prompt, generated = unpack_tokens(message.prompt_token_ids), unpack_tokens(message.generated)
         self._fail(request_id, Aborted(f"a later attempt has taken the place of request {request_id}"))
         try:
             self._check_pin(message.handling)
             ending = self._scheduler.add(
-                request_id, unpack_tokens(message.prompt_token_ids), message.params, generated,
+                request_id, prompt, message.params, generated,
                 priority=message.handling.priority, is_admitted=message.attempt > 1,
             )  # fmt: skip
         except RequestError as refusal:  # its caller is told; nothing has failed here that a log should tell
             call.fail(refusal)
             return
         attempts = Attempts(self.config.max_request_restarts, message.attempt)
-        serving = _Serving(call, self.ctx.clock.now_ns(), attempts, len(generated))
+        serving = _Serving(call, self.ctx.clock.now_ns(), attempts, len(prompt), len(generated))
         if ending is not None:  # only its last word was lost
             serving.first_step_ns = serving.first_token_ns = serving.arrived_ns
             self._end(serving, ending)
@@ -232,7 +235,8 @@ class ReplicaActor(Actor):
         for row in batch.record.rows:
             serving = self._serving[row.request_id]
             if not serving.first_step_ns:
-                serving.first_step_ns, serving.num_cached_tokens = now_ns, row.start
+                serving.first_step_ns = now_ns
+                serving.num_cached_tokens = min(row.start, serving.num_prompt_tokens)
         dispatches = build_step(self._programs, batch.step, self._next_dispatch_id)
         self._next_dispatch_id += len(dispatches)
         step = _Step(batch, dispatches, now_ns)

@@ -15,7 +15,8 @@ placeholder that the chip fills in; who needs to know it (penalties count tokens
 While a step is in flight nobody is preempted: if pages run out, the next step is decided once that one has ended.
 
 Prefix cache: a page filled with prompt tokens is found again by later prompts that begin with the same tokens, from the
-moment the step that filled it was applied; two prompts that are computed at the same time do not share.
+moment the step that filled it was applied; two prompts that are computed at the same time do not share. On a chip that
+is uniform so is a page with generated tokens, and those that have to be computed again are computed like a prompt.
 """
 
 from __future__ import annotations
@@ -94,11 +95,11 @@ class SchedulerConfig:
 class RowKind(enum.StrEnum):
     """How a row is computed.
 
-    A token keeps its kind for life: a generated one is decoded also when it is computed again after a preemption, so
-    that the same program gives the same keys and values, bit by bit.
+    Where ``Chip.is_uniform`` does not hold, a token keeps its kind for life: a generated one is decoded also when it is
+    computed again after a preemption, so that the same program gives the same keys and values, bit by bit.
     """
 
-    PREFILL = "prefill"  # tokens of the prompt
+    PREFILL = "prefill"  # tokens of the prompt, or that were generated before
     DECODE = "decode"  # one generated token
 
 
@@ -162,13 +163,14 @@ class _Request:
     max_new_tokens: int  # max_tokens, or what the context leaves
     stops: frozenset[int]  # ids that end it
     banned: Int32  # ids not to be chosen before min_tokens
-    keys: Sequence[bytes]  # of the whole pages of its prompt; none if nothing is to be cached
+    keys: list[bytes]  # of its first whole pages, as many as were wanted so far
     generated: list[int]
     has_penalties: bool
     is_running: bool = False
     is_new: bool = True  # until it is admitted first
     unknown: int = 0  # tokens that steps in flight choose, one each
     row: int = -1  # buffer row that its last token was chosen from
+    num_prefill: int = 0  # leading tokens that are computed as a prompt; decided when it is admitted
     computed: int = 0  # leading tokens whose keys and values are in the pages, once the steps in flight have ended
     pages: list[int] = attrs.field(factory=list)
     block_table: Int32 = _NO_IDS  # the pages as an array; replaced, never changed, since steps in flight refer to it
@@ -188,8 +190,16 @@ class _Request:
 
     @property
     def decodes(self) -> bool:
-        """Whether the next token to compute is a generated one."""
-        return self.computed >= len(self.prompt)
+        """Whether the next token to compute has a row of its own."""
+        return self.computed >= self.num_prefill
+
+    def tokens(self, start: int, end: int) -> Int32:
+        """Those at positions ``start`` … ``end - 1``, all of them known."""
+        begin = len(self.prompt)
+        if end <= begin:
+            return self.prompt[start:end]
+        generated = np.array(self.generated[max(start - begin, 0) : end - begin], np.int32)
+        return generated if start >= begin else np.concatenate([self.prompt[start:], generated])
 
     @property
     def pending_tokens(self) -> int:
@@ -275,6 +285,8 @@ class Scheduler:
         self._in_flight: list[Batch] = []  # in the order in which they are computed
         self._arrivals = 0
         self._steps = 0
+        self.is_uniform = False
+        """``Chip.is_uniform`` of the chip that computes the steps. Changed only while it holds no pages."""
         self.preemptions = 0
         """Requests sent back to waiting because pages ran out."""
         self.prefix_queries = 0
@@ -371,7 +383,7 @@ class Scheduler:
             max_new_tokens=min(params.max_tokens, self._context - len(prompt)),
             stops=stop_ids(params, self._config.eos_token_ids),
             banned=banned,
-            keys=page_keys(prompt, self._page_size) if self._config.prefix_cache else (),
+            keys=page_keys(prompt, self._page_size) if self._config.prefix_cache else [],
             generated=generated.tolist(),
             has_penalties=(params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0, 0, 1),
         )
@@ -520,7 +532,7 @@ class Scheduler:
         """Give a running request its tokens of this step, and the pages for them, at the cost of those behind it."""
         length = 1
         if not request.decodes:
-            left = len(request.prompt) - request.computed
+            left = request.num_prefill - request.computed
             length = min(left, self._config.prefill_chunk_tokens, plan.budget)
         end = request.computed + length
         if length and (end <= len(request.pages) * self._page_size or self._grow(plan, request, end)):
@@ -543,15 +555,16 @@ class Scheduler:
         return True
 
     def _admit(self, plan: _StepPlan) -> _Request | None:
-        """Let the first waiting request run, with the pages of its prompt that are there; None if it may not yet.
+        """Let the first waiting request run, with those of its first pages that are there; None if it may not yet.
 
         Besides what running ones still need there must be pages for all of its tokens so far; otherwise it would soon
-        be preempted, and its part of the work done twice. One prompt token at least is left to compute.
+        be preempted, and its part of the work done twice. One token at least is left to compute as a prompt.
         """
         if not self._waiting or len(self._running) >= self._max_running:
             return None
         request = self._waiting[0]
-        cached = self._pool.find(request.keys[: (len(request.prompt) - 1) // self._page_size])
+        num_prefill = request.num_tokens if self.is_uniform else len(request.prompt)
+        cached = self._pool.find(self._keys(request, (num_prefill - 1) // self._page_size))
         shared = sum(self._pool.references(page) > 0 for page in cached)  # these are not among the free ones
         if plan.spare_pages is None:
             promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self._running)
@@ -568,16 +581,31 @@ class Scheduler:
         request.pages = cached
         request.block_table = np.array(cached, np.int32)
         request.computed = len(cached) * self._page_size
+        request.num_prefill = num_prefill
         if request.is_new:
             request.is_new = False
             self.prefix_queries += len(request.prompt)
-            self.prefix_hits += request.computed
+            self.prefix_hits += min(request.computed, len(request.prompt))
         return request
 
     def _enter_pages(self, request: _Request, start: int, end: int) -> None:
-        """Let later prompts find the pages that positions ``start`` … ``end - 1`` have filled up with prompt tokens."""
-        for number in range(start // self._page_size, min(end // self._page_size, len(request.keys))):
-            self._pool.enter(request.pages[number], request.keys[number])
+        """Let later prompts find the pages that positions ``start`` … ``end - 1`` have filled up."""
+        first, last = start // self._page_size, end // self._page_size
+        if not self.is_uniform:
+            last = min(last, len(request.prompt) // self._page_size)
+        if first < last:
+            for number, key in enumerate(self._keys(request, last)[first:], first):
+                self._pool.enter(request.pages[number], key)
+
+    def _keys(self, request: _Request, num_pages: int) -> Sequence[bytes]:
+        """Of its first pages, all of whose tokens are known; none if nothing is to be cached."""
+        if not self._config.prefix_cache:
+            return ()
+        keys = request.keys
+        if len(keys) < num_pages:
+            tokens = request.tokens(len(keys) * self._page_size, num_pages * self._page_size)
+            keys += page_keys(tokens, self._page_size, keys[-1] if keys else b"")
+        return keys[:num_pages]
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
@@ -635,7 +663,7 @@ class Scheduler:
                 decodes.append(DecodeRow(token=token, position=start, block_table=request.block_table, row=row))
             else:
                 row = next(buffer_rows) if planned.samples else -1
-                tokens = request.prompt[start:end]
+                tokens = request.tokens(start, end)
                 prefills.append(PrefillRow(tokens=tokens, start=start, block_table=request.block_table, row=row))
             if planned.samples:
                 samples.append(_sample_row(request, row))

@@ -53,6 +53,14 @@ class Chip(Protocol):
         ...
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether a token's keys, values and logits have the same bits whether ``prefill`` or ``decode`` computes it.
+
+        Final once weights have been loaded.
+        """
+        ...
+
+    @property
     def resident_bytes(self) -> int:
         """Memory held by residents now, scratch included."""
         ...

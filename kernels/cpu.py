@@ -81,7 +81,8 @@ class CpuChip(TorchChip):
     def load(self, tensor: TensorSpec, report: Report | None) -> tuple[Mapping[str, Any], int]:
         """Weights packed for the engine that will run the model's programs."""
         self.engine = engine_of(ModelSpec.from_directory(tensor.source, tensor.dtype), tensor.weights, self.isa)
-        if self.native is not None and self.engine.startswith("native"):
+        self.is_uniform = self.native is not None and self.engine.startswith("native")
+        if self.native is not None and self.is_uniform:
             return self.native.load(tensor, report)
         return super().load(tensor, report)
 

@@ -81,6 +81,7 @@ class NullChip:
         self, faults: Sequence[Fault] = (), cost: CostTable | None = None, *, memory_bytes: int | None = None
     ) -> None:
         self.engine = "null"
+        self.is_uniform = True  # its tokens depend on the text alone
         self._faults = tuple(faults)
         self._cost = cost or CostTable()
         self._memory_bytes = memory_bytes

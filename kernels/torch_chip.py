@@ -77,6 +77,7 @@ class TorchChip(ABC):
     ) -> None:
         self.device = device
         self.engine = "torch"
+        self.is_uniform = False  # attention of a generated token is a call of its own
         self.check_numerics = check_numerics
         self._runners = {"tile": _run_tiles, **(runners or {})}
         self._max_graphs = max_graphs

@@ -19,18 +19,21 @@ VOCAB = 1024  # of the demo model
 class FaultyChip(ChipActor):
     """A chip worker on a null chip that goes wrong as told."""
 
-    def __init__(self, *faults: Fault) -> None:
+    def __init__(self, *faults: Fault, is_uniform: bool = True) -> None:
         super().__init__({"device": "null:0", "threads": 1, "inline": True})
         self._faults = faults
+        self._is_uniform = is_uniform
 
     def open_chip(self) -> Chip:
-        return NullChip(self._faults)
+        chip = NullChip(self._faults)
+        chip.is_uniform = self._is_uniform
+        return chip
 
 
 class Replica:
     """One replica group with somebody who asks it."""
 
-    def __init__(self, seed: int, *faults: Fault, **limits: int) -> None:
+    def __init__(self, seed: int, *faults: Fault, is_uniform: bool = True, **limits: int) -> None:
         sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64, "page_size": 4, "num_pages": 40}
         self.system = LocalSystem(seed)
         self.asker = Asker("replica.0")
@@ -53,11 +56,11 @@ class Replica:
         self.system.spawn("supervisor", self.supervisor)
         self.system.spawn("router", self.asker, connect=("supervisor",))
         self.system.spawn("replica.0", self.core, connect=("router", "supervisor"))
-        self.start_chip(*faults)
+        self.start_chip(*faults, is_uniform=is_uniform)
         self.system.run_until(lambda: "replica.0" in self.asker.ctx.peers())
 
-    def start_chip(self, *faults: Fault) -> None:
-        self.chip = FaultyChip(*faults)
+    def start_chip(self, *faults: Fault, is_uniform: bool = True) -> None:
+        self.chip = FaultyChip(*faults, is_uniform=is_uniform)
         self.system.spawn("chip.0.0", self.chip, connect=("replica.0", "supervisor"))
 
     def finish(self) -> None:

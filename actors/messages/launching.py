@@ -66,6 +66,7 @@ class Done:
 
     seconds: float = 0.0
     resident_bytes: int = 0  # memory the chip holds now
+    is_uniform: bool = False  # see ``Chip.is_uniform``
 
 
 @message(0x0305, lane=Lane.WORK)

@@ -142,7 +142,7 @@ class ReplicaStatistics:
     waiting: int
     steps: int
     tokens_generated: int
-    prompt_tokens: int
+    prompt_tokens: int  # computed by prefill
     step_ns: int  # wall time of all steps
     device_ns: int  # chip time of all dispatches
     pages_cached: int = 0  # of the free pages, those that hold a prefix another prompt may begin with

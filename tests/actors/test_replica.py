@@ -75,6 +75,24 @@ def test_a_dead_chip_costs_no_token(seed: int, after_tokens: int) -> None:
     assert all(answer.error is None for answer in answers)
 
 
+@pytest.mark.guarantee("R76")
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_behind_a_death_a_uniform_chip_is_given_the_tokens_so_far_in_chunks(is_uniform: bool) -> None:
+    replica = Replica(3, is_uniform=is_uniform)
+    prompt, generated = list(range(20, 31)), expected(list(range(20, 31)), 20)
+    again = Answer(submit(prompt, max_tokens=22, generated=pack_tokens(generated)))
+    replica.asker.submit_again(again)
+    replica.finish()
+    told = Answer(ReplicaStatisticsRequest())
+    replica.asker.submit_again(told)
+    replica.system.run_until(lambda: told.is_over)
+
+    assert again.tokens_behind(20) == expected(prompt, 22)[20:]
+    assert again.reply.num_cached_tokens == 0
+    assert told.reply.prompt_tokens == (31 if is_uniform else 11)
+    assert told.reply.steps == (4 + 1 if is_uniform else 2 + 20 + 1), "of 8 tokens each, or of one"
+
+
 @pytest.mark.guarantee("R42")
 def test_a_request_that_only_costs_chips_is_refused_and_the_others_go_on() -> None:
     replica = Replica(7, max_num_seqs=1)

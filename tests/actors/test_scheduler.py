@@ -47,9 +47,10 @@ def prompt(*ids: int) -> np.ndarray:
 class Core:
     """A replica core in miniature: scheduler and null chip, integrity checked after every move."""
 
-    def __init__(self, **changes: int) -> None:
+    def __init__(self, *, is_uniform: bool = False, **changes: int) -> None:
         self.config = config(**changes)
         self.scheduler = Scheduler(self.config)
+        self.scheduler.is_uniform = is_uniform
         spec = ModelSpec(
             path="none", dtype="float32", vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_layers=1,
             num_heads=2, num_kv_heads=1, head_dim=4, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
@@ -145,7 +146,7 @@ class Core:
         assert batch.record.step_id == batch.step.step_id
         used = {row.request_id: row.length for row in rows}
         for request in self.scheduler._running:
-            left = len(request.prompt) - request.computed  # behind this step
+            left = request.num_prefill - request.computed  # behind this step
             if left > 0 and used.get(request.request_id, 0) < self.config.prefill_chunk_tokens:
                 assert sum(used.values()) == limits.max_num_batched_tokens, "tokens were left over"
 
@@ -232,6 +233,37 @@ def test_a_generated_token_stays_a_decode_row_when_it_is_computed_again():
     assert all(row.start >= 5 for row in rows if row.kind == "decode")
     again = [row.start for row in rows if row.kind == "decode" and not row.samples]
     assert again, "tokens generated before the preemption are computed, not chosen, again"
+
+
+@pytest.mark.guarantee("R74")
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_on_a_uniform_chip_generated_tokens_are_computed_again_in_chunks(prefix_cache):
+    core = Core(num_pages=4, max_model_len=16, max_num_seqs=2, is_uniform=True, prefix_cache=prefix_cache)
+    ids = {"a": prompt(20, 21, 22, 23, 24), "b": prompt(30, 31, 32, 33, 34)}
+    for name in "ab":
+        core.add(name, ids[name], params(max_tokens=8))
+    core.run()
+    assert any(batch.record.preempted == ("b",) for batch in core.batches)
+    rows = [row for batch in core.batches for row in batch.record.rows if row.request_id == "b"]
+    assert all(row.samples for row in rows if row.kind == "decode"), "a row of its own has only a token that is new"
+    again = [row for row in rows[1:] if row.kind == "prefill"]
+    assert again[0].start == (4 if prefix_cache else 0)
+    assert again[-1].start + again[-1].length > 5, "tokens that were generated are in a chunk"
+    for name in "ab":
+        assert (core.tokens[name], core.ends[name]) == expected(ids[name], params(max_tokens=8), 16)
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_a_request_of_an_earlier_life_goes_on_behind_its_tokens(is_uniform):
+    core, ids = Core(is_uniform=is_uniform), prompt(20, 21, 22)
+    tokens, end = expected(ids, params(max_tokens=20, ignore_eos=True))
+    core.scheduler.add("a", ids, params(max_tokens=20, ignore_eos=True), np.array(tokens[:13], np.int32))
+    core.tokens["a"] = tokens[:13]
+    core.run()
+    assert (core.tokens["a"], core.ends["a"]) == (tokens, end)
+    chunks = [("prefill", 0, 8), ("prefill", 8, 8)] if is_uniform else [("prefill", 0, 3), ("decode", 3, 1)]
+    assert core.computed("a")[:2] == chunks
+    assert core.scheduler.prefix_queries == 3
 
 
 def test_a_request_is_admitted_only_if_its_prompt_fits_beside_what_running_ones_still_need():
@@ -459,7 +491,7 @@ def test_a_sample_row_carries_the_settings_and_history_only_for_penalties():
 
 
 @st.composite
-def traffic(draw: st.DrawFn) -> tuple[dict[str, int], int, list[tuple[object, ...]]]:
+def traffic(draw: st.DrawFn) -> tuple[dict[str, int], bool, int, list[tuple[object, ...]]]:
     page_size = draw(st.integers(1, 5))
     changes = {
         "page_size": page_size,
@@ -497,15 +529,15 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], int, list[tuple[object, ..
         st.tuples(st.just("fail")),
         st.tuples(st.just("lose pages")),
     )
-    return changes, draw(st.integers(1, DEPTH)), draw(st.lists(moves, max_size=30))
+    return changes, draw(st.booleans()), draw(st.integers(1, DEPTH)), draw(st.lists(moves, max_size=30))
 
 
 @pytest.mark.guarantee("R2")
 @given(traffic())
 @settings(max_examples=200, deadline=None, print_blob=True)
 def test_every_request_gets_the_tokens_it_would_get_alone(case):
-    changes, depth, moves = case
-    core = Core(**changes)
+    changes, is_uniform, depth, moves = case
+    core = Core(is_uniform=is_uniform, **changes)
     core.depth = depth
     context = min(changes["max_model_len"], changes["num_pages"] * changes["page_size"])
     wanted: dict[str, tuple[np.ndarray, SamplingParams]] = {}
@@ -626,6 +658,21 @@ def test_a_generated_token_is_computed_as_prompt_once_before_a_later_prompt_find
         core.run()
     assert core.computed("b")[0] == ("prefill", 0, 8), "no page of the first request is wholly prompt"
     assert core.computed("c")[0] == ("prefill", 12, 4)
+
+
+@pytest.mark.guarantee("R75")
+def test_on_a_uniform_chip_a_later_prompt_finds_the_pages_of_an_answer():
+    core = Core(is_uniform=True)
+    core.add("a", prompt(20, 21, 22), params(max_tokens=12, ignore_eos=True))
+    core.run()
+    turn = (20, 21, 22, *core.tokens["a"])
+    core.add("all", prompt(*turn, 40, 41), params(max_tokens=1))
+    core.add("less", prompt(*turn[:10], 60, 61), params(max_tokens=1))
+    core.run()
+    assert core.computed("all") == [("prefill", 12, 5)], "its last token was never computed, nor the page it is in"
+    assert core.computed("less") == [("prefill", 8, 4)]
+    for name, ids in (("all", (*turn, 40, 41)), ("less", (*turn[:10], 60, 61))):
+        assert (core.tokens[name], core.ends[name]) == expected(prompt(*ids), params(max_tokens=1))
 
 
 @pytest.mark.guarantee("R54")

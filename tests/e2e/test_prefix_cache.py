@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 
 import pytest
+from native_runs import NEEDS_NATIVE
 
 from chipbus import Engine, RequestOutput, SamplingParams
 
@@ -39,3 +40,20 @@ def test_a_prompt_that_is_found_gives_the_bits_of_one_that_is_computed(engine: E
     statistics = engine.statistics()
     assert statistics.prompt_tokens - computed == 2 * length - warm.num_cached_tokens
     assert statistics.pages_free == statistics.pages_total
+
+
+@NEEDS_NATIVE
+@pytest.mark.guarantee("R77")
+@pytest.mark.slow
+def test_a_conversation_that_goes_on_gives_the_bits_of_one_that_is_computed_anew(engine: Engine) -> None:
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=100, logprobs=3, ignore_eos=True)
+    [first] = engine.generate([f"Now: {TEXT[:200]}"], params)
+    said = [*first.prompt_token_ids, *first.outputs[0].token_ids]
+    turns = [[*said, 40, 41, 42], [*said, 50, 51]]
+    found = engine.generate(turns, params)
+
+    assert [output.num_cached_tokens for output in found] == [(len(said) - 1) // 16 * 16] * 2
+    with Engine("demo", page_size=16, prefill_chunk_tokens=24, threads=1, prefix_cache=False) as cold:
+        computed = cold.generate(turns, params)
+    assert [output.num_cached_tokens for output in computed] == [0, 0]
+    assert list(map(numbers, found)) == list(map(numbers, computed))

@@ -19,6 +19,7 @@ from torch import Tensor
 from checkpoints import tiny_checkpoint
 from chipbus.errors import CheckpointError, CoreException
 from chipbus.kernels import native
+from chipbus.kernels.chips import open_chip
 from chipbus.kernels.cpu import CpuChip
 from chipbus.kernels.qwen3.step import DecodeRow, PrefillRow, SampledToken, SampleRow
 from support import eventually
@@ -44,12 +45,17 @@ def greedy_by_transformers(model: Any, prompt: Sequence[int], count: int) -> lis
 class Recording(RunningModel):
     """Keeps the logits of every sampled row; its caches begin as NaN."""
 
-    def __init__(self, checkpoint: Path, dtype: str, chip: CpuChip) -> None:
-        super().__init__(checkpoint, dtype, chip=chip)
+    def __init__(self, checkpoint: Path, dtype: str, chip: CpuChip, weights: str = "") -> None:
+        super().__init__(checkpoint, dtype, chip=chip, weights=weights)
         self.logits: dict[int, list[Tensor]] = {}
+        for cache in self.caches():
+            cache.fill_(torch.nan)
+
+    def caches(self) -> tuple[Tensor, Tensor]:
+        """Keys and values: (layers, KV heads, pages, tokens of a page, head)."""
+        assert isinstance(self.chip, CpuChip)
         _, k_cache, v_cache, *_ = self.programs.tensors
-        for cache in (k_cache, v_cache):
-            chip.tensor(cache.resident).fill_(torch.nan)
+        return self.chip.tensor(k_cache.resident), self.chip.tensor(v_cache.resident)
 
     def step(
         self,
@@ -170,6 +176,40 @@ def test_a_model_has_the_same_bits_on_any_number_of_threads_in_any_batch_and_any
             assert len(model.logits[row]) == len(alone[at]) == 4
             assert not any(logits.isnan().any() for logits in alone[at])
             assert all(same_bits(*pair) for pair in zip(model.logits[row], alone[at], strict=True)), (chunk, at)
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("K57")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("dtype", "weights"), [("float32", ""), ("bfloat16", ""), ("bfloat16", "int8")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prefill_and_decode_give_a_token_the_same_bits(
+    shape: str, dtype: str, weights: str, isa: str, checkpoint: Callable[[str], Path]
+) -> None:
+    one, two = (Recording(checkpoint(shape), dtype, CpuChip(2, isa=isa), weights) for _ in range(2))
+    assert one.chip.is_uniform
+    (text,) = prompts(500, (60,))
+    tokens = one.greedy([text], 140)[0]
+    known = [*text, *tokens[:-1]]
+
+    pages = (
+        np.random.default_rng(5).permutation(LIMITS.num_pages)[: -(-len(known) // LIMITS.page_size)].astype(np.int32)
+    )
+    start = 0
+    for end in (60, 61, 64, 67, 131, 190, len(known)):
+        chunk = PrefillRow(tokens=np.array(known[start:end], np.int32), start=start, block_table=pages, row=0)
+        two.step([chunk], samples=[SampleRow(row=0)])
+        assert same_bits(two.logits[0][-1], one.logits[0][end - 60]), f"logits behind token {end - 1}"
+        start = end
+    for decoded, computed in zip(one.caches(), two.caches(), strict=True):
+        places = torch.as_tensor(pages, dtype=torch.int64)
+        ours, theirs = decoded[:, :, : len(pages)], computed.index_select(2, places)
+        assert same_bits(ours.flatten(2, 3)[:, :, : len(known)], theirs.flatten(2, 3)[:, :, : len(known)])
+
+
+def test_only_where_every_program_gives_the_same_bits_is_a_chip_uniform(checkpoint: Callable[[str], Path]) -> None:
+    assert open_chip("null:0", 1).is_uniform
+    assert not RunningModel(checkpoint("tied"), chip=CpuChip(1, isa="none")).chip.is_uniform
 
 
 # What the kernels do not take

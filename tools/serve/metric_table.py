@@ -207,7 +207,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         group="tokens", name="prefill_tokens_total", kind="counter", labels=_REPLICA,
-        help="Prompt tokens that were computed, those computed again after a loss or preemption included.",
+        help="Tokens computed as prompts: of prompts, and of what is computed again after a loss or preemption.",
         read=_replicas(lambda row: row.prompt_tokens),
     ),
     Metric(
