@@ -289,11 +289,16 @@ class _Run:
         return self.args[name].numpy()
 
     def slots(self, name: str) -> dict[str, NDArray[Any]]:
-        """Marks of a KV cache: the token in each slot (-1: none) and the sum over the context that ends there."""
+        """Marks of a KV cache: the token in each slot (-1: none), the sum over the context that ends there, and, while
+        a launch is looked at, which of its rows writes it (-1: none)."""
         count = self.static["num_pages"] * self.static["page_size"]
         return self.chip.marks(
             self.args[name].resident,
-            lambda: {"token": np.full(count, -1, np.int64), "context": np.zeros(count, np.uint64)},
+            lambda: {
+                "token": np.full(count, -1, np.int64),
+                "context": np.zeros(count, np.uint64),
+                "writer": np.full(count, -1, np.int64),
+            },
         )
 
     def rows(self, name: str) -> NDArray[Any]:
@@ -338,25 +343,31 @@ def _forward(run: _Run, plan: RowPlan) -> tuple[float, float]:
     k_cache, v_cache, hidden = run.slots("k_cache"), run.slots("v_cache"), run.rows("hidden")
     starts, ends, offsets = np.array(plan.starts), np.array(plan.ends), np.array(plan.offsets)
 
-    # All rows at once: what they read, one row after another.
-    first = np.cumsum(starts) - starts
+    # All rows at once: what they read, one row after another. A row may read what those before it write.
+    first, lengths = np.cumsum(starts) - starts, ends - starts
     reader = np.repeat(np.arange(len(starts)), starts)
     positions = np.arange(len(reader)) - first[reader]
     slots = tables[reader, positions // page_size] * page_size + positions % page_size
+    tokens, found = plan.tokens.astype(np.int64), {name: marks[plan.slots] for name, marks in k_cache.items()}
+    k_cache["token"][plan.slots] = tokens
     expected, before = _contexts(k_cache["token"][slots], powers[positions], first, starts)
+    added, _ = _contexts(tokens, powers[plan.positions], offsets[:-1], lengths)
+    context = np.repeat(before, lengths) + added
+    k_cache["context"][plan.slots] = context
+    k_cache["writer"][plan.slots] = np.repeat(np.arange(len(starts)), lengths)
     is_wrong = (k_cache["token"][slots] < 0) | (k_cache["context"][slots] != expected)
+    is_wrong |= k_cache["writer"][slots] >= reader
+    k_cache["writer"][plan.slots] = -1
     if is_wrong.any():
+        for name, marks in found.items():
+            k_cache[name][plan.slots] = marks
         at = int(is_wrong.argmax())
         raise KernelError(
             f"{run.where}: row {reader[at]} reads position {positions[at]} from page {slots[at] // page_size}, offset"
             f" {slots[at] % page_size}, which holds no token of its context"
         )
-    tokens, lengths = plan.tokens.astype(np.int64), ends - starts
-    added, _ = _contexts(tokens, powers[plan.positions], offsets[:-1], lengths)
-    context = np.repeat(before, lengths) + added
-    for cache in (k_cache, v_cache):
-        cache["token"][plan.slots] = tokens
-        cache["context"][plan.slots] = context
+    v_cache["token"][plan.slots] = tokens
+    v_cache["context"][plan.slots] = context
     kept = np.array(plan.rows) >= 0
     hidden[np.array(plan.rows)[kept]] = np.stack([tokens[offsets[1:] - 1], ends - 1], axis=1)[kept]
     written = np.stack([plan.tokens, plan.positions, plan.slots])

@@ -227,7 +227,8 @@ class PrefillRow:
     """One chunk of one sequence: ``tokens`` take positions ``start`` … ``start + len(tokens) - 1``.
 
     ``block_table`` lists the sequence's pages in order of position and covers at least those positions; everything
-    before ``start`` must be in them already. The hidden state of the last token goes to ``row`` (-1: to nowhere).
+    before ``start`` must be in them already, or be written by prefill rows before it in the same step. The hidden state
+    of the last token goes to ``row`` (-1: to nowhere).
     """
 
     tokens: Int32  # (n,), n >= 1

@@ -13,6 +13,7 @@ from kernel_runs import RunningModel
 from numpy.typing import NDArray
 
 from checkpoints import tiny_checkpoint
+from chipbus.kernels.cpu import CpuChip
 from chipbus.kernels.qwen3.step import DecodeRow, Limits, PrefillRow, SampleRow
 from chipbus.kernels.qwen3.tiling import FINE, Tiling
 
@@ -55,8 +56,15 @@ class Running:
 class Machine:
     """One model on which texts are run in ways drawn at random. Its cache starts as NaN everywhere."""
 
-    def __init__(self, checkpoint: Path, dtype: str, limits: Limits = LIMITS, tiling: Tiling | None = None) -> None:
-        self.model = RunningModel(checkpoint, dtype, limits, **({} if tiling is None else {"tiling": tiling}))
+    def __init__(
+        self,
+        checkpoint: Path,
+        dtype: str,
+        limits: Limits = LIMITS,
+        tiling: Tiling | None = None,
+        chip: CpuChip | None = None,
+    ) -> None:
+        self.model = RunningModel(checkpoint, dtype, limits, chip, **({} if tiling is None else {"tiling": tiling}))
         self.limits = limits
         self.poison()
 
@@ -197,3 +205,40 @@ def test_every_tiling_gives_the_same_bits(
         assert same_bits(tiled.alone(text), whole.alone(text))
     for ours, theirs in zip(tiled.together(texts, random), [whole.alone(text) for text in texts], strict=True):
         assert same_bits(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("R72")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tiling", [None, FINE], ids=["coarse", "fine"])
+@pytest.mark.parametrize("isa", ["", "none"], ids=["native", "torch"])
+def test_a_row_finds_what_rows_before_it_in_the_same_step_write_bit_by_bit(
+    isa: str, tiling: Tiling | None, dtype: str, checkpoint: Callable[[str], Path]
+) -> None:
+    machine = Machine(checkpoint("tied"), dtype, tiling=tiling, chip=CpuChip(1 if isa == "none" else 2, isa=isa))
+    random = np.random.default_rng(3)
+    long, other = Text.drawn(random, 700, 1), Text.drawn(random, 640, 0)
+    short = attrs.evolve(long, prompt=np.concatenate([long.prompt[:320], other.prompt[:17]]))
+    expected = [machine.alone(text) for text in (long, short)]
+    machine.poison()
+    # Three sequences compute one prompt by turns, a fourth leaves it; behind 640 tokens of another the window of 1,024
+    # ends inside the second row of the prompt.
+    pages = random.permutation(machine.limits.num_pages).astype(np.int32)
+    tables = [np.concatenate([pages[:shared], own]) for shared, own in ((0, pages[:20]), (20, pages[20:38]))]
+    tables += [np.concatenate([pages[:38], pages[at : at + 7]]) for at in (100, 110)]
+    tables.append(np.concatenate([pages[:20], pages[120:123]]))
+    rows = [(0, 320, tables[0]), (320, 608, tables[1]), (608, 700, tables[2]), (608, 700, tables[3])]
+    prefills = [PrefillRow(tokens=other.prompt, start=0, block_table=pages[200:240], row=9)]
+    for row, (start, end, table) in enumerate(rows):
+        prefills.append(PrefillRow(tokens=long.prompt[start:end], start=start, block_table=table, row=row))
+    prefills.append(PrefillRow(tokens=short.prompt[320:], start=320, block_table=tables[4], row=4))
+    ends = {2: long, 3: long, 4: short}
+    machine.model.step(prefills, (), [SampleRow(row=row) for row in ends])
+    logits = {row: [machine.logits_of(row)] for row in ends}
+    decodes = [
+        DecodeRow(token=int(text.follows[0]), position=len(text.prompt), block_table=tables[row], row=row)
+        for row, text in ends.items()
+    ]
+    machine.model.step((), decodes, [SampleRow(row=row) for row in ends])
+    for row, text in ends.items():
+        assert same_bits([*logits[row], machine.logits_of(row)], expected[0 if text is long else 1])

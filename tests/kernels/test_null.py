@@ -117,6 +117,22 @@ def test_a_row_that_reads_pages_of_another_context_is_caught(running: Callable[.
     model.step([prefill(4, start=16, pages=(0, 30), row=2)])
 
 
+def test_a_row_may_read_what_rows_before_it_write_and_no_others(running: Callable[..., RunningModel]) -> None:
+    def rows(first: int = 0) -> list[PrefillRow]:
+        ids = np.arange(20, 60, dtype=np.int32)
+        whole = PrefillRow(tokens=ids[first:32], start=first, block_table=table(0, 1), row=-1)
+        return [whole, PrefillRow(tokens=ids[32:], start=32, block_table=table(0, 1, 7), row=3)]
+
+    model = running()
+    model.step([prefill(5, pages=(1,))])
+    for wrong, read in ((rows()[::-1], "row 0 reads position 0"), (rows(16), "row 0 reads position 0 from page 0")):
+        with pytest.raises(KernelError, match=read):
+            model.step(wrong)
+    model.step((), [decode(7, 5, pages=(1,))])  # what was there is there: a refused dispatch has written nothing
+    (token,) = model.step(rows(), (), [SampleRow(row=3)])
+    assert token.token_id == null_token(59, 39, 515)
+
+
 def test_rows_nothing_was_written_to_are_caught(running: Callable[..., RunningModel]) -> None:
     model = running()
     model.step([prefill(5, row=-1)])
