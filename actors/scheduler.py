@@ -215,6 +215,7 @@ class _Planned:
     start: int
     length: int
     samples: bool
+    row_before: int  # buffer row that the token before it was chosen from
 
 
 @attrs.define(eq=False)
@@ -465,6 +466,7 @@ class Scheduler:
                 assert request.computed == plan.start + plan.length, "a later step goes on from this one"
                 request.computed = plan.start
                 request.unknown -= plan.samples
+                request.row = plan.row_before
         self._forget(batch)
 
     def _forget(self, batch: Batch) -> None:
@@ -536,7 +538,7 @@ class Scheduler:
             length = min(left, self._config.prefill_chunk_tokens, plan.budget)
         end = request.computed + length
         if length and (end <= len(request.pages) * self._page_size or self._grow(plan, request, end)):
-            plan.rows[request] = _Planned(request, request.computed, length, end == request.num_tokens)
+            plan.rows[request] = _Planned(request, request.computed, length, end == request.num_tokens, request.row)
             plan.budget -= length
 
     def _grow(self, plan: _StepPlan, request: _Request, num_tokens: int) -> bool:

@@ -433,6 +433,19 @@ def test_a_dropped_step_is_decided_again():
     assert core.tokens["a"] == expected(prompt(20, 21), params())[0]
 
 
+def test_a_step_decided_again_goes_on_from_the_row_that_the_step_in_flight_chooses_for():
+    core = Core()
+    core.add("x", prompt(20), params(max_tokens=2))
+    core.step()
+    core.add("a", prompt(21, 22))
+    first, second = core.begin(), core.begin()
+    assert [[row.row for row in batch.step.samples] for batch in (first, second)] == [[0, 1], [0]]
+    core.drop(second)
+    assert [row.token for row in core.begin().step.decodes] == [chosen_token(1)]
+    core.run()
+    assert core.tokens["a"] == expected(prompt(21, 22), params())[0]
+
+
 def test_load_counts_prompt_tokens_to_compute_and_tokens_to_come():
     core = Core()
     core.add("a", prompt(*range(20, 30)), params(max_tokens=7))
