@@ -32,7 +32,7 @@ class EngineConfig:
     max_num_seqs: int = setting(16, "requests running at once, per replica", whole(1))
     max_num_batched_tokens: int = setting(4096, "tokens per step, per replica", whole(1))
     prefill_chunk_tokens: int = setting(2048, "longest piece of a prompt in one step", whole(1))
-    prefix_cache: bool = setting(True, "keep pages of prompts for later prompts that begin alike", yes_or_no)
+    prefix_cache: bool = setting(True, "share pages among prompts that begin alike, now and later", yes_or_no)
     page_size: int = setting(128, "tokens per KV page", whole(1), flags=("--page-size", "--block-size"))
     kv_pages: int | None = setting(None, "KV pages per replica; default: what fits", whole(1))
     seed: int = setting(0, "draws the seeds of requests that bring none", whole(0), flags=("--engine-seed",))

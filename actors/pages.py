@@ -2,10 +2,10 @@
 
 Owns: page free list, reference counts and prefix cache of one replica core. Thread: the core's bus loop.
 
-    free ──allocate──▶ used ──enter──▶ used, with a key ──last release──▶ idle: free, but found again by its key
-     ▲ ▲                │                    ▲                             │  │
-     │ └─last release───┘                    └───────────share─────────────┘  │
-     └──────────────────allocate, when nothing else is free: the longest idle first──┘
+    free ──allocate──▶ used ◀──enter, withdraw──▶ used, with a key ──last release──▶ idle: free, but found by its key
+     ▲ ▲                │                               ▲                             │  │
+     │ └─last release───┘                               └───────────share─────────────┘  │
+     └──────────────────allocate, when nothing else is free: the longest idle first──────┘
 """
 
 from __future__ import annotations
@@ -95,6 +95,14 @@ class PagePool:
         if key not in self._pages:
             self._pages[key] = page
             self._keys[page] = key
+
+    def withdraw(self, pages: Iterable[int]) -> set[int]:
+        """Let these used pages be found no more, as they will not hold what was said. Returns those that had a key."""
+        withdrawn = {page for page in pages if page in self._keys}
+        for page in withdrawn:
+            assert self._references[page] > 0, f"page {page} is free; what it holds is as it was"
+            del self._pages[self._keys.pop(page)]
+        return withdrawn
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The pages of the first ``keys``, up to the first that is not there. They may be idle: ``share`` them."""

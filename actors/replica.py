@@ -29,7 +29,7 @@ from .lane import ChipLane, Outcome
 from .messages.launching import AllocTensor, RegisterProgram
 from .messages.serving import LogprobRow, Submit, TokenDelta, TokensDone
 from .messages.tree import ProgramStatistics, ReplicaStatistics, ReplicaStatisticsRequest, StartError
-from .scheduler import DEPTH, Batch, Ending, Scheduler, SchedulerConfig, TokenEvent
+from .scheduler import DEPTH, Batch, Ending, RowKind, Scheduler, SchedulerConfig, TokenEvent
 
 __all__ = ["ReplicaActor", "ReplicaConfig"]
 
@@ -64,7 +64,8 @@ class _Serving:
     num_tokens: int  # of its answer, delivered by this or an earlier life
     first_step_ns: int = 0
     first_token_ns: int = 0
-    num_cached_tokens: int = 0  # of its prompt, that no step of this life had to compute
+    prompt_end: int = 0  # how far steps of this life have come in its prompt
+    num_cached_tokens: int = 0  # of these positions, those they found computed
 
 
 @attrs.define(eq=False)
@@ -234,9 +235,11 @@ class ReplicaActor(Actor):
         now_ns = self.ctx.clock.now_ns()
         for row in batch.record.rows:
             serving = self._serving[row.request_id]
-            if not serving.first_step_ns:
-                serving.first_step_ns = now_ns
-                serving.num_cached_tokens = min(row.start, serving.num_prompt_tokens)
+            serving.first_step_ns = serving.first_step_ns or now_ns
+            if row.kind is RowKind.PREFILL:
+                start, end = (min(at, serving.num_prompt_tokens) for at in (row.start, row.start + row.length))
+                serving.num_cached_tokens += max(start - serving.prompt_end, 0)
+                serving.prompt_end = max(end, serving.prompt_end)
         dispatches = build_step(self._programs, batch.step, self._next_dispatch_id)
         self._next_dispatch_id += len(dispatches)
         step = _Step(batch, dispatches, now_ns)

@@ -14,9 +14,14 @@ A step may be decided while the one before it is computed. The token which that 
 placeholder that the chip fills in; who needs to know it (penalties count tokens) or has no further to come sits out.
 While a step is in flight nobody is preempted: if pages run out, the next step is decided once that one has ended.
 
-Prefix cache: a page filled with prompt tokens is found again by later prompts that begin with the same tokens, from the
-moment the step that filled it was applied; two prompts that are computed at the same time do not share. On a chip that
-is uniform so is a page with generated tokens, and those that have to be computed again are computed like a prompt.
+Prefix cache: a page filled with prompt tokens is found by other prompts that begin with the same tokens, from the
+moment the step that fills it is decided. Whoever is to compute a prompt looks there first, at every step. So prompts
+that are computed at the same time share, within one step too: who comes to a page first computes it, and who comes next
+goes on behind it. Nobody waits for that, because a chip computes steps, and the rows of a step, in order. If a step is
+dropped, what it was to fill is found no more, and who went on behind it is set back.
+
+On a chip that is uniform pages with generated tokens are found, too, once their step was applied, and generated tokens
+that have to be computed again are computed like a prompt.
 """
 
 from __future__ import annotations
@@ -84,7 +89,7 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...]
     """The model's own ends of text."""
     prefix_cache: bool = True
-    """Whether pages of prompts are kept for later prompts that begin alike."""
+    """Whether prompts that begin alike share pages, at the same time or later."""
 
     def __attrs_post_init__(self) -> None:
         for name in ("prefill_chunk_tokens", "max_waiting", "vocab_size"):
@@ -167,7 +172,7 @@ class _Request:
     generated: list[int]
     has_penalties: bool
     is_running: bool = False
-    is_new: bool = True  # until it is admitted first
+    is_new: bool = True  # until it has to compute again what it had
     unknown: int = 0  # tokens that steps in flight choose, one each
     row: int = -1  # buffer row that its last token was chosen from
     num_prefill: int = 0  # leading tokens that are computed as a prompt; decided when it is admitted
@@ -293,7 +298,7 @@ class Scheduler:
         self.prefix_queries = 0
         """Prompt tokens of requests admitted for the first time."""
         self.prefix_hits = 0
-        """Of these, found in the prefix cache."""
+        """Of these, found in the prefix cache, then or until they were computed."""
 
     @property
     def pages_total(self) -> int:
@@ -425,6 +430,7 @@ class Scheduler:
             if request.is_running:  # not preempted for one before it
                 self._plan(plan, request)
         if plan.is_short:
+            self._withdraw(itertools.chain.from_iterable(map(self._filled, plan.rows.values())))
             return None
         while plan.budget and not plan.preempted and (admitted := self._admit(plan)) is not None:
             self._plan(plan, admitted)
@@ -447,10 +453,10 @@ class Scheduler:
         for plan in batch._planned:
             token = next(chosen) if plan.samples else None
             request = plan.request
-            if self._requests.get(request.request_id) is not request:  # aborted; its id may be in use again
-                continue
-            self._enter_pages(request, plan.start, plan.start + plan.length)
-            if token is not None:
+            is_live = self._requests.get(request.request_id) is request  # not aborted; its id may be in use again
+            if is_live and self.is_uniform and plan.start >= request.num_prefill:
+                self._enter_answer(request, plan.start + plan.length)
+            if is_live and token is not None:
                 events.append(self._advance(request, token))
         self._forget(batch)
         return tuple(events)
@@ -458,15 +464,17 @@ class Scheduler:
     def drop(self, batch: Batch) -> None:
         """The step will never be computed, or does not count. Its requests are again as they were before it.
 
-        Those that cannot go on, or that a later step in flight computes, must have been aborted.
+        Those that cannot go on must have been aborted. Steps behind it went on from what it would have left: they must
+        be dropped too, before or after it, and none be decided until they are.
         """
         for plan in batch._planned:
-            request = plan.request
+            request, start = plan.request, plan.start
             if self._requests.get(request.request_id) is request:
-                assert request.computed == plan.start + plan.length, "a later step goes on from this one"
-                request.computed = plan.start
                 request.unknown -= plan.samples
                 request.row = plan.row_before
+                # The page a prompt's row began in the middle of may have been given up since for one that is found.
+                self._set_back(request, start if start >= request.num_prefill else start - start % self._page_size)
+        self._withdraw(batch._held)
         self._forget(batch)
 
     def _forget(self, batch: Batch) -> None:
@@ -516,6 +524,7 @@ class Scheduler:
                 key = self._pool.key(page)
                 assert key is None or request.keys[position : position + 1] == [key], f"page {page} holds other tokens"
                 assert key is None or (position + 1) * self._page_size <= request.computed
+        written: list[tuple[int, int]] = []  # page and offset
         for batch in self._in_flight:
             step = batch.step
             spans = [(row.block_table, row.start, row.start + len(row.tokens)) for row in step.prefills]
@@ -528,18 +537,27 @@ class Scheduler:
             assert len(slots) == len(set(slots)) <= self._limits.max_num_batched_tokens
             assert {page for page, _ in slots} == set(batch._held), "a step writes a page that is not kept for it"
             assert len(batch._held) == len(set(batch._held)), "two rows write to one page"
-        assert all(self._pool.key(page) is None for page in held), "a step writes a page that others may read"
+            written += slots
+        assert len(written) == len(set(written)), "a step writes what another one does"
+        full = {page for page, offset in written if offset == self._page_size - 1}
+        assert all(page in full for page in held if self._pool.key(page) is not None), "a step writes a full page"
 
     def _plan(self, plan: _StepPlan, request: _Request) -> None:
         """Give a running request its tokens of this step, and the pages for them, at the cost of those behind it."""
-        length = 1
-        if not request.decodes:
+        is_prompt, length = not request.decodes, 1
+        if is_prompt:
+            self._take_over(request, self._find(request))
             left = request.num_prefill - request.computed
             length = min(left, self._config.prefill_chunk_tokens, plan.budget)
         end = request.computed + length
         if length and (end <= len(request.pages) * self._page_size or self._grow(plan, request, end)):
-            plan.rows[request] = _Planned(request, request.computed, length, end == request.num_tokens, request.row)
+            samples = end == request.num_tokens
+            plan.rows[request] = row = _Planned(request, request.computed, length, samples, request.row)
             plan.budget -= length
+            if is_prompt:
+                first, filled = row.start // self._page_size, self._filled(row)
+                for page, key in zip(filled, self._keys(request, first + len(filled))[first:], strict=False):
+                    self._pool.enter(page, key)
 
     def _grow(self, plan: _StepPlan, request: _Request, num_tokens: int) -> bool:
         """Make the pages of ``request`` cover ``num_tokens``, preempting from the last; False if it gets none now."""
@@ -560,14 +578,14 @@ class Scheduler:
         """Let the first waiting request run, with those of its first pages that are there; None if it may not yet.
 
         Besides what running ones still need there must be pages for all of its tokens so far; otherwise it would soon
-        be preempted, and its part of the work done twice. One token at least is left to compute as a prompt.
+        be preempted, and its part of the work done twice.
         """
         if not self._waiting or len(self._running) >= self._max_running:
             return None
         request = self._waiting[0]
-        num_prefill = request.num_tokens if self.is_uniform else len(request.prompt)
-        cached = self._pool.find(self._keys(request, (num_prefill - 1) // self._page_size))
-        shared = sum(self._pool.references(page) > 0 for page in cached)  # these are not among the free ones
+        request.num_prefill = request.num_tokens if self.is_uniform else len(request.prompt)
+        found = self._find(request)
+        shared = sum(self._pool.references(page) > 0 for page in found)  # these are not among the free ones
         if plan.spare_pages is None:
             promised = sum(self._pages_for(other.num_tokens) - len(other.pages) for other in self._running)
             plan.spare_pages = self._pool.num_free - promised
@@ -579,28 +597,18 @@ class Scheduler:
         self._waiting_tokens -= request.pending_tokens
         _insert(self._running, request)
         request.is_running = True
-        self._pool.share(cached)
-        request.pages = cached
-        request.block_table = np.array(cached, np.int32)
-        request.computed = len(cached) * self._page_size
-        request.num_prefill = num_prefill
         if request.is_new:
-            request.is_new = False
             self.prefix_queries += len(request.prompt)
-            self.prefix_hits += min(request.computed, len(request.prompt))
+        self._take_over(request, found)
         return request
 
-    def _enter_pages(self, request: _Request, start: int, end: int) -> None:
-        """Let later prompts find the pages that positions ``start`` … ``end - 1`` have filled up."""
-        first, last = start // self._page_size, end // self._page_size
-        if not self.is_uniform:
-            last = min(last, len(request.prompt) // self._page_size)
-        if first < last:
-            for number, key in enumerate(self._keys(request, last)[first:], first):
-                self._pool.enter(request.pages[number], key)
+    def _find(self, request: _Request) -> list[int]:
+        """The pages with what it goes on with. One token at least is left to compute as a prompt, for its logits."""
+        first, last = request.computed // self._page_size, (request.num_prefill - 1) // self._page_size
+        return self._pool.find(self._keys(request, last)[first:])
 
     def _keys(self, request: _Request, num_pages: int) -> Sequence[bytes]:
-        """Of its first pages, all of whose tokens are known; none if nothing is to be cached."""
+        """Of its first pages, all of whose tokens are known; none if nothing is to be shared."""
         if not self._config.prefix_cache:
             return ()
         keys = request.keys
@@ -608,6 +616,49 @@ class Scheduler:
             tokens = request.tokens(len(keys) * self._page_size, num_pages * self._page_size)
             keys += page_keys(tokens, self._page_size, keys[-1] if keys else b"")
         return keys[:num_pages]
+
+    def _take_over(self, request: _Request, found: list[int]) -> None:
+        """Go on behind pages that others have filled, or that rows fill which are computed before its next one."""
+        if not found:
+            return
+        first = request.computed // self._page_size
+        last = first + len(found)
+        self._pool.share(found)
+        self._pool.release(request.pages[first:last])  # what it has not filled
+        request.pages[first:last] = found
+        request.block_table = np.array(request.pages, np.int32)
+        if request.is_new:
+            end = len(request.prompt)
+            self.prefix_hits += min(last * self._page_size, end) - min(request.computed, end)
+        request.computed = last * self._page_size
+
+    def _enter_answer(self, request: _Request, end: int) -> None:
+        """If the generated token before position ``end`` has filled up a page, let later prompts find it."""
+        num_pages, rest = divmod(end, self._page_size)
+        if not rest and (keys := self._keys(request, num_pages)):
+            self._pool.enter(request.pages[num_pages - 1], keys[-1])
+
+    def _filled(self, row: _Planned) -> list[int]:
+        """The pages that a row of the step being decided fills up."""
+        return row.request.pages[row.start // self._page_size : (row.start + row.length) // self._page_size]
+
+    def _withdraw(self, pages: Iterable[int]) -> None:
+        """What these pages are found by they will not hold: set back all who went on behind one of them."""
+        withdrawn = self._pool.withdraw(pages)
+        for request in self._running if withdrawn else ():
+            behind = request.pages[: request.computed // self._page_size]
+            first = next((position for position, page in enumerate(behind) if page in withdrawn), None)
+            if first is not None:
+                self._set_back(request, first * self._page_size)
+
+    def _set_back(self, request: _Request, num_tokens: int) -> None:
+        """Of a running request only the first ``num_tokens`` tokens, if there are more, are computed after all."""
+        request.computed = min(request.computed, num_tokens)
+        kept = self._pages_for(request.computed)
+        self._pool.release(request.pages[kept:])
+        del request.pages[kept:]
+        request.block_table = np.array(request.pages, np.int32)
+        request.is_new = False
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
@@ -627,7 +678,7 @@ class Scheduler:
         request.pages = []
         request.block_table = _NO_IDS
         request.computed = 0
-        request.is_running = False
+        request.is_running = request.is_new = False
 
     def _advance(self, request: _Request, token: SampledToken) -> TokenEvent:
         """Take one more generated token, and end the request if it is the last."""

@@ -348,7 +348,7 @@ def _forward(run: _Run, plan: RowPlan) -> tuple[float, float]:
     reader = np.repeat(np.arange(len(starts)), starts)
     positions = np.arange(len(reader)) - first[reader]
     slots = tables[reader, positions // page_size] * page_size + positions % page_size
-    tokens, found = plan.tokens.astype(np.int64), {name: marks[plan.slots] for name, marks in k_cache.items()}
+    tokens, found = plan.tokens.astype(np.int64), {name: k_cache[name][plan.slots] for name in ("token", "context")}
     k_cache["token"][plan.slots] = tokens
     expected, before = _contexts(k_cache["token"][slots], powers[positions], first, starts)
     added, _ = _contexts(tokens, powers[plan.positions], offsets[:-1], lengths)

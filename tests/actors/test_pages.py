@@ -56,6 +56,19 @@ def test_a_free_page_can_be_neither_released_nor_shared(misuse):
         getattr(pool, misuse)([0])
 
 
+def test_a_page_that_is_withdrawn_is_found_no_more_and_blank_when_it_is_free():
+    pool = PagePool(3)
+    pages = pool.allocate(3)
+    for page, key in zip(pages, (b"a", b"b", b"c"), strict=True):
+        pool.enter(page, key)
+    assert pool.withdraw(pages[1:]) == {1, 2}
+    assert (pool.find([b"a"]), pool.find([b"b"]), pool.find([b"c"])) == ([0], [], [])
+    pool.release(pages)
+    assert (pool.num_free, pool.num_idle) == (3, 1)
+    with pytest.raises(AssertionError, match="page 0 is free"):
+        pool.withdraw([0])
+
+
 def test_a_key_says_what_a_page_and_all_before_it_hold():
     tokens = np.arange(20, 31, dtype=np.int32)
     first = hashlib.blake2b(np.array([20, 21, 22, 23], "<i4").tobytes(), digest_size=16).digest()
@@ -106,7 +119,7 @@ def test_a_chip_without_its_memory_holds_nothing_to_be_found():
     pool.check_integrity()
 
 
-OPERATIONS = ["allocate", "share", "release", "enter", "find", "forget"]
+OPERATIONS = ["allocate", "share", "release", "enter", "withdraw", "find", "forget"]
 
 
 @given(st.integers(1, 12), st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 12))))
@@ -149,6 +162,11 @@ def test_no_page_is_lost_or_held_twice_whatever_happens(num_pages, operations):
                 if pages and pages[0] not in content.values():
                     pool.enter(pages[0], key)
                     content.setdefault(key, pages[0])
+            elif operation == "withdraw":
+                had_key = {page for page in pages if pool.key(page) is not None}
+                assert pool.withdraw(pages) == had_key
+                assert not had_key & set(pool.find([bytes([number]) for number in range(4)]))
+                content = {key: page for key, page in content.items() if page not in had_key}
             else:
                 pool.release(holdings.pop(number % len(holdings)))
         pool.check_integrity()

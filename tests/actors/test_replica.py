@@ -28,6 +28,16 @@ from chipbus.errors import (
 )
 from chipbus.kernels.null import Fault, NullChip
 
+BEGINNING = list(range(30, 50))  # five pages
+PROMPTS = st.one_of(
+    st.lists(st.integers(16, VOCAB - 1), min_size=1, max_size=30),
+    st.builds(
+        lambda count, tail: [*BEGINNING[:count], *tail],
+        st.integers(4, len(BEGINNING)),
+        st.lists(st.integers(16, VOCAB - 1), max_size=5),
+    ),
+)
+
 
 def ask(replica: Replica, *prompts: list[int], **params: Any) -> list[Answer]:
     params = {"max_tokens": 10, "ignore_eos": True, "temperature": 0, **params}
@@ -45,7 +55,7 @@ def submit(prompt: list[int], *, max_tokens: int, generated: bytes = b"") -> Sub
 @settings(deadline=None, max_examples=25, print_blob=True)
 @given(
     seed=st.integers(0, 2**16),
-    prompts=st.lists(st.lists(st.integers(16, VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=6),
+    prompts=st.lists(PROMPTS, min_size=1, max_size=6),
     num_pages=st.integers(16, 40),
 )
 def test_tokens_do_not_depend_on_what_shares_the_replica(seed: int, prompts: list[list[int]], num_pages: int) -> None:
@@ -63,7 +73,7 @@ def test_tokens_do_not_depend_on_what_shares_the_replica(seed: int, prompts: lis
 @given(seed=st.integers(0, 2**16), after_tokens=st.integers(0, 25))
 def test_a_dead_chip_costs_no_token(seed: int, after_tokens: int) -> None:
     replica = Replica(seed)
-    prompts = [[20, 21, 22], list(range(30, 50)), [60]]
+    prompts = [[20, 21, 22], BEGINNING, [*BEGINNING, 60], [60]]
     answers = ask(replica, *prompts)
     replica.system.run_until(lambda: sum(len(answer.tokens) for answer in answers) >= after_tokens)
 
@@ -206,7 +216,7 @@ def test_a_failed_dispatch_spares_the_step_behind_it(seed: int, behind: int, aft
         fail(step, error)
 
     replica.core._step_failed = step_failed  # type: ignore[method-assign]
-    prompts = [[20, 21, 22], list(range(30, 50)), [60], [70, 71]]
+    prompts = [[20, 21, 22], BEGINNING, [*BEGINNING, 60], [*BEGINNING[:12], 70, 71]]
     ask(replica, *prompts[:2])
     first = replica.asker.answers[0]
     replica.system.run_until(lambda: len(first.items) >= after_tokens)
@@ -222,6 +232,43 @@ def test_a_failed_dispatch_spares_the_step_behind_it(seed: int, behind: int, aft
     for answer, prompt in zip(answers.values(), prompts, strict=True):
         assert answer.tokens == expected(prompt, 10)[: len(answer.tokens)]
         assert len(answer.tokens) == 10 or isinstance(answer.error, KernelError)
+
+
+@settings(deadline=None, max_examples=40, print_blob=True)
+@given(seed=st.integers(0, 2**16), dispatch=st.integers(1, 12), death=st.booleans())
+def test_of_prompts_that_begin_alike_nobody_is_lost_with_who_computed_for_all(
+    seed: int, dispatch: int, death: bool
+) -> None:
+    replica = Replica(seed, *(() if death else (Fault(dispatch=dispatch, kind="fail"),)))
+    prompts = [BEGINNING, [*BEGINNING, 60], [*BEGINNING[:12], 70], [80, 81], BEGINNING]
+    answers = ask(replica, *prompts)
+    if death:
+        replica.system.run_until(lambda: replica.core._next_dispatch_id > dispatch)
+        replica.system.kill("chip.0.0", "signal 9 (SIGKILL)")
+        replica.start_chip()
+    replica.finish()
+
+    for answer, prompt in zip(answers, prompts, strict=True):
+        assert answer.tokens == expected(prompt, 10)[: len(answer.tokens)]
+        assert len(answer.tokens) == 10 or isinstance(answer.error, KernelError)
+    assert not death or all(answer.error is None for answer in answers)
+    assert answers[0].error is None or any(answer.error is None for answer in answers), "who comes next goes on"
+
+
+def test_a_burst_of_prompts_that_begin_alike_is_told_what_was_found_and_the_statistics_add_up() -> None:
+    replica = Replica(3)
+    prompts = [[*BEGINNING, 60 + number] for number in range(4)]
+    answers = ask(replica, *prompts, max_tokens=3)
+    replica.finish()
+    told = Answer(ReplicaStatisticsRequest())
+    replica.asker.submit_again(told)
+    replica.system.run_until(lambda: told.is_over)
+
+    found = [answer.reply.num_cached_tokens for answer in answers]
+    assert min(found[1:]) >= 8, "at least what the first chunk fills is found by the others"
+    assert told.reply.prompt_tokens == 20 + 4, "each page once, and each prompt's last token"
+    assert (told.reply.prefix_queries, told.reply.prefix_hits) == (4 * 21, 4 * 21 - 24)
+    assert sum(found) == told.reply.prefix_hits, "found before its first chunk or between two"
 
 
 @pytest.mark.guarantee("R66")

@@ -69,9 +69,17 @@ class Core:
         self.ends: dict[str, tuple[str, int | None]] = {}
         self.batches: list[Batch] = []
 
-    def add(self, request_id: str, ids: np.ndarray, params_: SamplingParams | None = None, priority: int = 0) -> None:
-        self.scheduler.add(request_id, ids, params_ or params(), priority=priority)
-        self.tokens[request_id] = []
+    def add(
+        self,
+        request_id: str,
+        ids: np.ndarray,
+        params_: SamplingParams | None = None,
+        priority: int = 0,
+        generated: list[int] | None = None,
+    ) -> None:
+        had = generated or []
+        self.scheduler.add(request_id, ids, params_ or params(), np.array(had, np.int32), priority=priority)
+        self.tokens[request_id] = list(had)
         self.scheduler.check_integrity()
 
     def begin(self) -> Batch | None:
@@ -145,7 +153,13 @@ class Core:
         assert len(batch.step.samples) == sum(row.samples for row in rows)
         assert batch.record.step_id == batch.step.step_id
         used = {row.request_id: row.length for row in rows}
+        starts = {row.request_id: row.start for row in rows if row.kind == "prefill"}
         for request in self.scheduler._running:
+            if (start := starts.get(request.request_id)) is not None:
+                first = start // limits.page_size
+                keys = request.keys[first : min(request.computed, request.num_prefill - 1) // limits.page_size][:1]
+                own = request.pages[first : first + len(keys)]
+                assert self.scheduler._pool.find(keys) == own, "a page is computed that was there to be found"
             left = request.num_prefill - request.computed  # behind this step
             if left > 0 and used.get(request.request_id, 0) < self.config.prefill_chunk_tokens:
                 assert sum(used.values()) == limits.max_num_batched_tokens, "tokens were left over"
@@ -257,8 +271,7 @@ def test_on_a_uniform_chip_generated_tokens_are_computed_again_in_chunks(prefix_
 def test_a_request_of_an_earlier_life_goes_on_behind_its_tokens(is_uniform):
     core, ids = Core(is_uniform=is_uniform), prompt(20, 21, 22)
     tokens, end = expected(ids, params(max_tokens=20, ignore_eos=True))
-    core.scheduler.add("a", ids, params(max_tokens=20, ignore_eos=True), np.array(tokens[:13], np.int32))
-    core.tokens["a"] = tokens[:13]
+    core.add("a", ids, params(max_tokens=20, ignore_eos=True), generated=tokens[:13])
     core.run()
     assert (core.tokens["a"], core.ends["a"]) == (tokens, end)
     chunks = [("prefill", 0, 8), ("prefill", 8, 8)] if is_uniform else [("prefill", 0, 3), ("decode", 3, 1)]
@@ -534,7 +547,7 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], bool, int, list[tuple[obje
         st.booleans(),
     )
     moves = st.one_of(
-        st.tuples(st.just("add"), ids, wants, st.integers(-1, 1)),
+        st.tuples(st.just("add"), ids, wants, st.integers(-1, 1), st.one_of(st.just(0), st.integers(0, 20))),
         st.tuples(st.just("steps"), st.integers(1, 9)),
         st.tuples(st.just("begin")),
         st.tuples(st.just("abort"), st.integers(0, 20)),
@@ -571,8 +584,8 @@ def test_every_request_gets_the_tokens_it_would_get_alone(case):
             if len(ids) >= context:
                 with pytest.raises(ContextTooLong):
                     core.add(name, ids, move[2], move[3])
-            else:
-                core.add(name, ids, move[2], move[3])
+            else:  # it may come from an earlier life, with some of its tokens
+                core.add(name, ids, move[2], move[3], expected(ids, move[2], context)[0][:-1][: move[4]])
                 wanted[name] = (ids, move[2])
         elif move[0] == "steps":
             for _ in range(move[1]):
@@ -644,20 +657,131 @@ def test_of_a_prompt_that_begins_like_an_earlier_one_only_the_rest_is_computed()
 
 
 @pytest.mark.guarantee("R52")
-def test_a_page_is_found_only_once_its_step_was_applied_and_not_when_the_chip_has_lost_it():
+def test_a_page_is_found_once_its_step_is_decided_and_no_more_when_that_is_dropped_or_the_chip_has_lost_it():
     core = Core(max_num_batched_tokens=32, prefill_chunk_tokens=32)
     core.add("a", prompt(*PREFIX, 50), params(max_tokens=1))
-    core.add("at the same time", prompt(*PREFIX, 51), params(max_tokens=1))
-    core.drop(core.begin())
-    for name in ("a", "at the same time"):
+    first = core.begin()
+    core.add("behind", prompt(*PREFIX, 51), params(max_tokens=1))
+    second = core.begin()
+    assert core.computed("behind") == [("prefill", 12, 1)]
+    for batch in (second, first):
+        core.drop(batch)
+    for name in ("a", "behind"):
         core.scheduler.abort(name)
     core.add("b", prompt(*PREFIX, 52), params(max_tokens=1))
     core.run()
     core.scheduler.lose_pages()
     core.add("c", prompt(*PREFIX, 53), params(max_tokens=1))
     core.run()
-    assert core.computed("at the same time") == core.computed("b") == core.computed("c") == [("prefill", 0, 13)]
-    assert core.scheduler.prefix_hits == 0
+    assert core.computed("b") == core.computed("c") == [("prefill", 0, 13)]
+
+
+def test_pages_of_an_aborted_request_are_found_while_the_step_that_fills_them_is_in_flight():
+    core = Core(num_pages=5, max_model_len=20, max_num_batched_tokens=32, prefill_chunk_tokens=32)
+    core.add("a", prompt(*PREFIX, 50), params(max_tokens=1))
+    first = core.begin()
+    core.scheduler.abort("a")
+    core.add("b", prompt(*PREFIX, 51), params(max_tokens=1))
+    second = core.begin()
+    for batch in (first, second):
+        core.end(batch)
+    core.run()
+    assert core.computed("b") == [("prefill", 12, 1)]
+    assert (core.tokens["b"], core.ends["b"]) == expected(prompt(*PREFIX, 51), params(max_tokens=1), 20)
+
+
+LONG = tuple(range(16, 48))  # eight pages of four
+
+
+@pytest.mark.guarantee("R70")
+@pytest.mark.parametrize("depth", range(1, DEPTH + 1))
+def test_of_prompts_computed_at_the_same_time_each_page_is_computed_once_and_nobody_waits(depth):
+    core = Core(max_num_batched_tokens=26, num_pages=40)
+    core.depth = depth
+    prompts = {
+        "one": prompt(*LONG, 50),
+        "same": prompt(*LONG, 50),
+        "part": prompt(*LONG[:4], *range(50, 60)),
+        "other": prompt(60, 61),
+    }
+    for name, ids in prompts.items():
+        core.add(name, ids, params(max_tokens=1))
+    core.run()
+    assert core.batches[0].record.rows == (
+        BatchRow("one", "prefill", 0, 8, False),
+        BatchRow("same", "prefill", 8, 8, False),
+        BatchRow("part", "prefill", 4, 8, False),
+        BatchRow("other", "prefill", 0, 2, True),
+    )
+    assert [start for _, start, _ in core.computed("one")] == [0, 16, 32]
+    assert [start for _, start, _ in core.computed("same")] == [8, 24, 32]
+    for name, ids in prompts.items():
+        assert (core.tokens[name], core.ends[name]) == expected(ids, params(max_tokens=1))
+    computed = sum(length for name in prompts for _, _, length in core.computed(name))
+    assert computed == len(LONG) + 1 + 1 + 10 + 2
+    assert (core.scheduler.prefix_queries, core.scheduler.prefix_hits) == (33 + 33 + 14 + 2, 82 - computed)
+
+
+def test_a_page_filled_in_part_is_given_up_for_one_that_is_found():
+    core = Core(prefill_chunk_tokens=6)
+    for name in ("one", "same"):
+        core.add(name, prompt(*LONG), params(max_tokens=1))
+    core.run()
+    starts = {name: [start for _, start, _ in core.computed(name)] for name in ("one", "same")}
+    assert starts == {"one": [0, 8, 16, 24, 30], "same": [4, 12, 20, 28]}
+    for name in starts:
+        assert (core.tokens[name], core.ends[name]) == expected(prompt(*LONG), params(max_tokens=1))
+
+
+@pytest.mark.guarantee("R71")
+def test_who_went_on_behind_pages_of_a_step_that_is_dropped_is_set_back_to_before_them():
+    core = Core(max_num_batched_tokens=10)
+    core.add("before", prompt(*LONG[:4], 60), params(max_tokens=1))
+    core.run()
+    core.add("a", prompt(*LONG), params(max_tokens=3))
+    first = core.begin()
+    core.add("b", prompt(*LONG), params(max_tokens=3))
+    second = core.begin()
+    assert [core.computed(name) for name in "ab"] == [[("prefill", 4, 8), ("prefill", 12, 8)], [("prefill", 20, 2)]]
+    core.scheduler.abort("a")
+    core.drop(first)
+    core.drop(second)
+    core.run()
+    assert core.computed("b")[1] == ("prefill", 4, 8), "the page that was there before is there"
+    assert (core.tokens["b"], core.ends["b"]) == expected(prompt(*LONG), params(max_tokens=3))
+
+
+def test_a_page_taken_over_from_a_step_that_is_dropped_counts_for_nothing_of_ones_own():
+    core = Core(prefill_chunk_tokens=1)
+    core.add("ahead", prompt(*LONG[:9]))
+    core.step()
+    core.add("first", prompt(*LONG[:9]), priority=-1)
+    core.step()
+    core.step()
+    batches = core.begin(), core.begin()
+    assert core.computed("first")[-2:] == [("prefill", 2, 1), ("prefill", 4, 1)], "its page is given up for the other's"
+    for batch in reversed(batches):
+        core.drop(batch)
+    core.run()
+    for name in core.tokens:
+        assert core.tokens[name] == expected(prompt(*LONG[:9]), params())[0]
+
+
+def test_a_step_that_is_not_to_be_for_want_of_pages_leaves_nothing_to_be_found():
+    core = Core(prefill_chunk_tokens=2)
+    for name in "ab":
+        core.add(name, prompt(*LONG[:9]))
+    first = core.begin()
+    pool = core.scheduler._pool
+    others = pool.allocate(pool.num_free)
+    assert core.scheduler.next_batch() is None, "b has a's page, and none for what comes behind it"
+    pool.release(others)
+    core.scheduler.check_integrity()
+    core.scheduler.abort("a")
+    core.end(first)
+    core.run()
+    assert core.computed("b")[:3] == [("prefill", 0, 2), ("prefill", 0, 2), ("prefill", 2, 2)]
+    assert core.tokens["b"] == expected(prompt(*LONG[:9]), params())[0]
 
 
 @pytest.mark.guarantee("R53")
@@ -703,10 +827,11 @@ def test_a_preempted_request_finds_its_own_prompt_again_and_counts_as_computed_b
 @pytest.mark.guarantee("R55")
 def test_without_a_prefix_cache_no_page_is_found():
     core = Core(prefix_cache=False)
-    for name in "ab":
-        core.add(name, prompt(*PREFIX, 50), params(max_tokens=1))
+    for names in ("a", "b", "cd"):
+        for name in names:
+            core.add(name, prompt(*PREFIX[:7]), params(max_tokens=1))
         core.run()
-    assert core.computed("a") == core.computed("b")
+    assert [core.computed(name) for name in "abcd"] == [[("prefill", 0, 7)]] * 4
     assert core.scheduler.pages_cached == core.scheduler.prefix_hits == 0
 
 

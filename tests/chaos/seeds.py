@@ -55,8 +55,9 @@ def run(seed: int, *, is_told: bool = False) -> dict[str, int]:
     tell(f"{replicas} replicas, {attrs.evolve(faults, spares=None) if faults else 'links without faults'}")
     engine = LocalEngine(seed, replicas=replicas, faults=faults)
     wanted = []
+    beginning = [draw.randrange(20, VOCAB) for _ in range(12)]  # three pages, of half of the prompts
     for _ in range(draw.randint(2, 6)):
-        prompt = [draw.randrange(20, VOCAB) for _ in range(draw.randint(1, 20))]
+        prompt = [*draw.choice([[], beginning]), *(draw.randrange(20, VOCAB) for _ in range(draw.randint(1, 20)))]
         count = draw.randint(1, 15)
         params = SamplingParams(max_tokens=count, ignore_eos=True, temperature=0.5, seed=draw.getrandbits(30))
         handling = draw.choice([Handling(), Handling(session="s"), Handling(replica=draw.randrange(replicas))])

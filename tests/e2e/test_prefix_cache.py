@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.resources import files
 
+import attrs
 import pytest
 from native_runs import NEEDS_NATIVE
 
@@ -57,3 +58,34 @@ def test_a_conversation_that_goes_on_gives_the_bits_of_one_that_is_computed_anew
         computed = cold.generate(turns, params)
     assert [output.num_cached_tokens for output in computed] == [0, 0]
     assert list(map(numbers, found)) == list(map(numbers, computed))
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Engine]:
+    """Computes every prompt itself, whole."""
+    with Engine("demo", page_size=16, prefix_cache=False, threads=1) as engine:
+        yield engine
+
+
+@pytest.mark.guarantee("R73")
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0, 1.0], ids=["greedy", "sampled"])
+def test_prompts_computed_at_the_same_time_give_the_bits_of_each_alone(
+    engine: Engine, alone: Engine, temperature: float
+) -> None:
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=8, logprobs=3, ignore_eos=True)
+    several = attrs.evolve(params, n=4)
+    start = f"at {temperature} "
+    burst = [start + TEXT + end for end in (" a", " page", " a")] + [start + TEXT[:200] + " b", start + TEXT]
+    computed = engine.statistics().prompt_tokens
+    together = engine.generate(burst, params)
+    [many] = engine.generate(["of " + start + TEXT], several)
+    statistics = engine.statistics()
+
+    assert [numbers(output) for output in together] == [numbers(alone.generate([text], params)[0]) for text in burst]
+    assert numbers(many) == numbers(alone.generate(["of " + start + TEXT], several)[0])
+    lengths = [len(output.prompt_token_ids) for output in together]
+    assert sum(lengths[:3]) > 3 * 64, "more than a block of attention each"
+    # A chunk of 24 ends in the middle of a page of 16, which the next one may begin anew.
+    assert statistics.prompt_tokens - computed < 1.8 * (lengths[0] + len(many.prompt_token_ids))
+    assert statistics.pages_free == statistics.pages_total
