@@ -55,7 +55,10 @@ class Resident(Actor):
     def on_peer_up(self, name: str) -> None:
         """``Ready`` leaves at the end of the turn in which the link came up; the second timer is due after that."""
         if self._holds_lock and name == "supervisor":
-            self.ctx.after(0.0, lambda: self.ctx.after(0.0, self._hold) and None)
+            self.ctx.after(0.0, self._next_turn)
+
+    def _next_turn(self) -> None:
+        self.ctx.after(0.0, self._hold)
 
     def _hold(self) -> None:
         ctypes.PyDLL(None).sleep(_HOLD_S)
