@@ -22,6 +22,8 @@ from ..bus import Actor, Call, Failure, Progress, Ready, failure_of, handles
 from ..errors import ChipbusError, KernelError, TaskAborted
 from ..kernels.chips import Chip, Kept, open_chip
 from ..kernels.null import Fault
+from ..topology.rings import RingUse
+from .busy import BusyTime
 from .messages.launching import (
     AllocTensor,
     ChipReport,
@@ -150,10 +152,13 @@ class ChipActor(Actor):
         self._running: tuple[str, int] | None = None  # what, and since when on the bus clock
         self._committed_bytes = 0
         self._engine = ""
+        self._rings: tuple[RingUse, ...] = ()
+        self._names: dict[bytes, str] = {}  # of programs, by digest; the compute thread's
 
     def on_start(self) -> None:
         """Open the chip on the thread that will use it, then report ready."""
         began = time.perf_counter()
+        self._busy = BusyTime(self.ctx.clock.now_ns())
         self._compute = (
             InlineCompute(self.ctx.after) if self.config.inline else ThreadCompute(self.ctx.call_soon_threadsafe)
         )
@@ -204,13 +209,23 @@ class ChipActor(Actor):
     @handles(RegisterProgram)
     def _register(self, message: RegisterProgram, call: Call) -> None:
         program = message.program
+
+        def register(chip: Chip) -> None:
+            chip.register(program)
+            self._names[program.digest] = program.name
+
         fields = {"program": msgspec.msgpack.encode(program)}
-        self._run(call, f"register {program.name}", lambda chip: chip.register(program), "register", fields)
+        self._run(call, f"register {program.name}", register, "register", fields)
 
     @handles(UnregisterProgram)
     def _unregister(self, message: UnregisterProgram, call: Call) -> None:
         digest = message.program
-        self._run(call, "unregister", lambda chip: chip.unregister(digest), "unregister", {"program": digest})
+
+        def unregister(chip: Chip) -> None:
+            chip.unregister(digest)
+            del self._names[digest]
+
+        self._run(call, "unregister", unregister, "unregister", {"program": digest})
 
     @handles(AllocTensor)
     def _alloc(self, message: AllocTensor, call: Call) -> None:
@@ -319,21 +334,26 @@ class ChipActor(Actor):
                 aborted = TaskAborted(f"dispatch {dispatch.dispatch_id} was not run").caused_by(cause.text)
                 failures[position] = failure_of(aborted)
                 continue
-            self._running = (f"dispatch {dispatch.dispatch_id}", self.ctx.clock.now_ns())
+            began_ns = self.ctx.clock.now_ns()
+            self._running = (f"dispatch {dispatch.dispatch_id}", began_ns)
+            self._busy.begin(self._names.get(dispatch.program, "unknown"), began_ns)
             completion, error = _attempt(lambda d=dispatch: chip.launch(d, digest=digest))  # type: ignore[misc]
+            self._busy.end(self.ctx.clock.now_ns())
             if error is None:
                 completions.append(completion)
             else:
                 failures[position] = failure_of(error)
         self._committed_bytes = chip.resident_bytes
+        self._rings = chip.rings
         return Launched(tuple(completions), tuple(failures.items()))
 
     @handles(ChipReportRequest)
     def _report(self, _: ChipReportRequest, call: Call) -> None:
-        running = self._running
+        running, now_ns = self._running, self.ctx.clock.now_ns()
         what, since_ns = running or ("", 0)
-        running_s = (self.ctx.clock.now_ns() - since_ns) / 1e9 if running else 0.0
-        call.reply(ChipReport(self._committed_bytes, what, running_s, self._engine))
+        running_s = (now_ns - since_ns) / 1e9 if running else 0.0
+        busy = self._busy.shares(now_ns)
+        call.reply(ChipReport(self._committed_bytes, what, running_s, self._engine, busy, self._rings))
 
     def _submit(
         self, call: Call, job: Job, kind: str, entries: Callable[[Any], list[tuple[str, dict[str, Any]]]]

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 _COUNTERS = (
     "steps", "tokens_generated", "prompt_tokens", "step_ns", "device_ns", "preemptions", "prefix_queries",
-    "prefix_hits",
+    "prefix_hits", "step_tokens",
 )  # fmt: skip
 
 
@@ -82,6 +82,7 @@ class NodeLives:
             counters=dict(node.counters),
             ledger_bytes=node.ledger_bytes,
             ledger_failures=node.ledger_failures,
+            credit_waits=node.credit_waits,
         )
         self._lives.saw(name, life, totals)
 
@@ -91,7 +92,9 @@ class NodeLives:
 
 
 def _emptied(row: ReplicaStatistics) -> ReplicaStatistics:
-    return attrs.evolve(row, pages_total=0, pages_free=0, pages_cached=0, running=0, waiting=0, pending_tokens=0)
+    return attrs.evolve(
+        row, pages_total=0, pages_free=0, pages_cached=0, running=0, waiting=0, pending_tokens=0, poisoned_lanes=0
+    )
 
 
 def _add_replica(past: ReplicaStatistics, now: ReplicaStatistics) -> ReplicaStatistics:
@@ -120,4 +123,5 @@ def _add_node(past: ProcessTotals, now: ProcessTotals) -> ProcessTotals:
         counters=dict(Counter(past.counters) + Counter(now.counters)),
         ledger_bytes=past.ledger_bytes + now.ledger_bytes,
         ledger_failures=past.ledger_failures + now.ledger_failures,
+        credit_waits=past.credit_waits + now.credit_waits,
     )

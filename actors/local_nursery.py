@@ -117,5 +117,8 @@ class LocalNursery:
         del self._lives[name]
         exit_text = ExitStatus(0).text if reason == LocalSystem.STOPPED else reason
         self._events.on_ended(
-            LifeEnd(name=name, incarnation=life.incarnation, pid=life.pid, exit=exit_text, error=error, text=text)
-        )
+            LifeEnd(
+                name=name, incarnation=life.incarnation, pid=life.pid, exit=exit_text,
+                seen_ns=self._ctx.clock.now_ns(), error=error, text=text,
+            )
+        )  # fmt: skip

@@ -6,15 +6,15 @@ read what ``latencies`` and ``recent`` return, which is frozen. Time is told, in
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from itertools import islice
 
 import attrs
 
+from ..bus import Series
 from ..errors import ChipbusError
 from .messages.serving import TextDone
-from .report import MOST_ROWS, Histogram, Latencies, RequestRow
+from .report import MOST_ROWS, Latencies, RequestRow
 from .window import Window
 
 __all__ = ["Meter", "OpenRequest", "Recent"]
@@ -32,24 +32,6 @@ _REQUEST_S = (
     0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
-
-
-class _Series:
-    """A histogram that is being filled."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def read(self) -> Histogram:
-        return Histogram(self.bounds, tuple(self.counts), self.total)
 
 
 @attrs.define(eq=False)
@@ -93,8 +75,8 @@ class Meter:
         self.finished: Counter[str] = Counter()  # by finish reason
         self.failed: Counter[str] = Counter()  # by name of the error class
         self._open: dict[OpenRequest, None] = {}  # in order of arrival
-        self._ttft, self._inter_token, self._per_token = _Series(_TTFT_S), _Series(_TOKEN_S), _Series(_TOKEN_S)
-        self._e2e, self._queued, self._prefill, self._decode = (_Series(_REQUEST_S) for _ in range(4))
+        self._ttft, self._inter_token, self._per_token = Series(_TTFT_S), Series(_TOKEN_S), Series(_TOKEN_S)
+        self._e2e, self._queued, self._prefill, self._decode = (Series(_REQUEST_S) for _ in range(4))
         self._window = Window(now_ns, self._total())
 
     # What happens to a request.

@@ -21,6 +21,8 @@ __all__ = ["LifeEnd", "Nursery", "NurseryEvents"]
 class LifeEnd:
     """The end of one incarnation of one child. ``exit``: an ``ExitStatus.text``, or ``NEVER_STARTED``.
 
+    ``seen_ns``: when, on the bus clock, the nursery first saw that it was over; how may be known only later.
+
     ``error`` (a class name in chipbus.errors) and ``text`` are its last words, if it had any.
     """
 
@@ -28,6 +30,7 @@ class LifeEnd:
     incarnation: int
     pid: int  # 0 if it never had a process
     exit: str
+    seen_ns: int
     error: str = ""
     text: str = ""
 

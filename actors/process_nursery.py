@@ -58,6 +58,7 @@ class _Life:
     tether: Tether
     process: Process | None = None  # None until the warden has forked it
     signum: int | None = None  # to be sent as soon as there is a process
+    seen_ns: int = 0  # when its pidfd said that it has ended, on the bus clock
 
     @property
     def pid(self) -> int:
@@ -212,6 +213,7 @@ class ProcessNursery:
         assert life.process is not None
         if not is_dead(life.process.pidfd):  # the number was another's a moment ago, in the same turn of the loop
             return
+        life.seen_ns = self._ctx.clock.now_ns()
         self._ctx.unwatch(life.process.pidfd)  # it stays readable for ever
         self._ctx.after(_RELAY_S, lambda: self._ended(life, ExitStatus().text))
         self._sweep()
@@ -316,7 +318,8 @@ class ProcessNursery:
             os.close(life.process.pidfd)
         self._events.on_ended(
             LifeEnd(
-                name=life.name, incarnation=life.incarnation, pid=life.pid, exit=exit_text, error=error, text=text
+                name=life.name, incarnation=life.incarnation, pid=life.pid, exit=exit_text,
+                seen_ns=life.seen_ns or self._ctx.clock.now_ns(), error=error, text=text,
             )
         )  # fmt: skip
         self._ctx.call_soon_threadsafe(lambda: self._tidy(life))  # in the next turn: others wait to hear of it

@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from ..bus import Actor, Call, Progress, Ready, handles, pack_tokens, unpack_tokens
+from ..bus import Actor, Call, Progress, Ready, Series, handles, pack_tokens, unpack_tokens
 from ..errors import Aborted, BadTarget, ChipbusError, RequestError, WorkerDied, WorkerLost
 from ..kernels.dispatch import Completion, Dispatch
 from ..kernels.qwen3.model import ModelSpec
@@ -25,13 +25,15 @@ from ..kernels.qwen3.step import Limits, ModelPrograms, build_step, read_step
 from .attempts import Attempts
 from .boot import SUPERVISOR
 from .handling import Handling
-from .lane import ChipLane, Outcome
+from .lane import ChipLane, LaneState, Outcome
 from .messages.launching import AllocTensor, RegisterProgram
 from .messages.serving import LogprobRow, Submit, TokenDelta, TokensDone
 from .messages.tree import ProgramStatistics, ReplicaStatistics, ReplicaStatisticsRequest, StartError
 from .scheduler import DEPTH, Batch, Ending, RowKind, Scheduler, SchedulerConfig, TokenEvent
 
 __all__ = ["ReplicaActor", "ReplicaConfig"]
+
+_STEP_TOKENS = (1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)  # vLLM's
 
 
 @attrs.frozen(kw_only=True)
@@ -100,6 +102,7 @@ class ReplicaActor(Actor):
         self._is_reported_ready = False
         self._next_dispatch_id = 1
         self._steps = self._tokens_generated = self._prompt_tokens = self._step_ns = 0
+        self._step_tokens = Series(_STEP_TOKENS)
 
     def on_start(self) -> None:
         """Read the model's description; the chip follows when it is up."""
@@ -282,7 +285,9 @@ class ReplicaActor(Actor):
         now_ns = self.ctx.clock.now_ns()
         self._steps += 1
         self._count(step.dispatches, completions)
-        self._prompt_tokens += sum(len(row.tokens) for row in step.batch.step.prefills)
+        prompt_tokens = sum(len(row.tokens) for row in step.batch.step.prefills)
+        self._prompt_tokens += prompt_tokens
+        self._step_tokens.observe(prompt_tokens + len(step.batch.step.decodes))
         for event in self._scheduler.apply(step.batch, tokens):
             self._deliver(event, now_ns)
         began_ns = max(step.began_ns, self._last_end_ns)  # steps overlap; their times do not
@@ -347,6 +352,8 @@ class ReplicaActor(Actor):
                 prefix_hits=self._scheduler.prefix_hits,
                 programs=tuple(ProgramStatistics(c.name, c.dispatches, c.tokens, c.device_ns) for c in counts),
                 incarnation=self.ctx.incarnation,
+                step_tokens=self._step_tokens.read(),
+                poisoned_lanes=int(self._lane.state is LaneState.CONDEMNED),
             )
         )
 

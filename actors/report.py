@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import attrs
 
+from ..bus import UNOBSERVED, Histogram
 from .messages.tree import ProcessReport, ReplicaStatistics
 
 __all__ = [
-    "MOST_EVENTS", "MOST_ROWS", "REPORT_SCHEMA", "EngineReport", "Event", "Histogram", "Latencies", "ProcessTotals",
-    "RequestRow", "Restarts",
+    "MOST_EVENTS", "MOST_ROWS", "REPORT_SCHEMA", "EngineReport", "Event", "Latencies", "ProcessTotals", "RequestRow",
+    "Restarts",
 ]  # fmt: skip
 
 REPORT_SCHEMA = 1
@@ -16,20 +17,6 @@ MOST_EVENTS = 200
 """Events that an engine keeps, and a report holds: the newest."""
 MOST_ROWS = 200
 """Requests that a report holds: the oldest."""
-
-
-@attrs.frozen
-class Histogram:
-    """Observations by size. ``counts[i]`` are those in (bounds[i - 1], bounds[i]]; the last one is above all bounds."""
-
-    bounds: tuple[float, ...]
-    counts: tuple[int, ...]  # one more than bounds; not cumulative
-    total: float  # sum of all observations
-
-    def since(self, earlier: Histogram) -> Histogram:
-        """What was observed after ``earlier``, a former state of the same histogram."""
-        counts = tuple(now - then for now, then in zip(self.counts, earlier.counts, strict=True))
-        return Histogram(self.bounds, counts, max(0.0, self.total - earlier.total))
 
 
 @attrs.frozen(kw_only=True)
@@ -92,6 +79,7 @@ class ProcessTotals:
     counters: dict[str, int]  # events of the bus: late_frames, bad_frames, …
     ledger_bytes: int  # written
     ledger_failures: int  # writes the disk refused; nothing is recorded after one
+    credit_waits: Histogram = UNOBSERVED  # seconds that its asks waited for credit, of those that had to
 
 
 @attrs.frozen(kw_only=True)
@@ -114,6 +102,7 @@ class EngineReport:
     totals: tuple[ProcessTotals, ...]
     restarts: tuple[Restarts, ...]
     exits: int  # lives of processes that have ended
+    reaps: Histogram = UNOBSERVED  # as ``TreeReport.reaps``
     requests_total: int  # completions ever asked for
     retries_total: int  # lives of requests after the first
     finished: dict[str, int]  # completions that ended well, by finish reason

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import attrs
 
-from ..bus import Context, NodeReport, Timer
+from ..bus import UNOBSERVED, Context, Timer
 from ..bus.logs import safe_name
 from ..errors import Aborted, ChipbusError, EngineClosed, RequestError
 from .boot import HOST, SUPERVISOR
@@ -62,7 +62,8 @@ class Reporter:
         self._processes = ProcessLog(self.log)
         self._replicas = ReplicaLives()
         self._nodes = NodeLives()
-        self._latest: dict[tuple[str, int], NodeReport] = {}  # by name and life
+        self._latest: dict[tuple[str, int], ProcessReport] = {}  # by name and life
+        self._reaps = UNOBSERVED
         self._tree: tuple[ChildRecord, ...] = ()
         self._answered_ns: int | None = None
         self._waiting: list[Callable[[EngineReport], None]] = []
@@ -180,13 +181,11 @@ class Reporter:
 
         def on_tree(reply: object) -> None:
             assert isinstance(reply, TreeReport)
-            self._latest = {
-                (process.record.name, process.record.incarnation): process.node
-                for process in reply.processes
-                if process.node is not None
-            }
-            for (name, life), node in self._latest.items():
-                self._nodes.saw(name, life, node)
+            self._latest = {(process.record.name, process.record.incarnation): process for process in reply.processes}
+            for (name, life), process in self._latest.items():
+                if process.node is not None:
+                    self._nodes.saw(name, life, process.node)
+            self._reaps = reply.reaps
             settle("tree")
 
         def on_replicas(reply: object) -> None:
@@ -231,6 +230,7 @@ class Reporter:
             totals=self._nodes.totals(),
             restarts=self._processes.restarts(),
             exits=self._processes.exits,
+            reaps=self._reaps,
             requests_total=meter.requests,
             retries_total=meter.retries,
             finished=dict(meter.finished),
@@ -248,13 +248,16 @@ class Reporter:
         )
 
     def _process_reports(self) -> tuple[ProcessReport, ...]:
-        """The host application, and the tree as it was last heard, with what the nodes of these very lives said."""
+        """The host application, and the tree as it was last heard, with what these very lives said."""
         host = ChildRecord(name=HOST, kind=HOST, pid=os.getpid(), parent="", state="ready", incarnation=1, restarts=0)
-        nodes = {**self._latest, (HOST, 1): self._ctx.report()}
-        return tuple(
-            ProcessReport(record, nodes.get((record.name, record.incarnation)) if _answers(record) else None)
-            for record in (host, *self._tree)
-        )
+        heard = {**self._latest, (HOST, 1): ProcessReport(host, self._ctx.report())}
+        silent = ProcessReport(host, None)
+
+        def report(record: ChildRecord) -> ProcessReport:
+            said = heard.get((record.name, record.incarnation), silent) if _answers(record) else silent
+            return attrs.evolve(said, record=record)
+
+        return tuple(map(report, (host, *self._tree)))
 
     # A recorded run, and the end.
 

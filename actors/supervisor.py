@@ -30,6 +30,7 @@ from ..bus import (
     Pong,
     Progress,
     Ready,
+    Series,
     Stop,
     Timer,
     handles,
@@ -71,6 +72,7 @@ from .lifecycle import (
     records,
     step,
 )
+from .messages.launching import ChipReport, ChipReportRequest
 from .messages.tree import (
     AllReplicaStatistics,
     ChildRecord,
@@ -95,6 +97,7 @@ __all__ = ["SupervisorActor"]
 
 STATISTICS_TIMEOUT_S = 2.0
 REPORT_TIMEOUT_S = 0.5
+_REAP_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _GUEST = "guest."
 _DUMP_S = 0.05  # for a stuck process to write its stack; it takes 1 ms
 _ROUNDING_S = 2e-9  # a tick just before its time does nothing; on a virtual clock it would then come again for ever
@@ -131,6 +134,7 @@ class SupervisorActor(Actor):
         self._draining = Draining(self._feed)
         self._guests: set[str] = set()
         self._refused = 0  # messages of guests
+        self._reaps = Series(_REAP_S)
         self._heartbeats = Heartbeats(boot.stall_timeout_s)
         self._told: tuple[ChildRecord, ...] = ()
 
@@ -214,34 +218,43 @@ class SupervisorActor(Actor):
     def _report_tree(self, _: TreeReportRequest, call: Call | None) -> None:
         if call is None:
             return
-        waiting = {name for name in (HOST, *self._tree.children) if name == HOST or self._is_linked(name)}
-        waiting &= self.ctx.peers().keys()
-        answers: dict[str, NodeReport] = {}
+        names = {name for name in (HOST, *self._tree.children) if name == HOST or self._is_linked(name)}
+        names &= self.ctx.peers().keys()
+        waiting: set[tuple[str, type]] = {(name, NodeReportRequest) for name in names}
+        waiting |= {(name, ChipReportRequest) for name in names if self._is_chip(name)}
+        nodes: dict[str, NodeReport] = {}
+        chips: dict[str, ChipReport] = {}
 
-        def settle(name: str, answer: NodeReport | None) -> None:
-            waiting.discard(name)
-            if answer is not None:
-                answers[name] = answer
+        def settle(name: str, question: type, answer: NodeReport | ChipReport | None) -> None:
+            waiting.discard((name, question))
+            if isinstance(answer, NodeReport):
+                nodes[name] = answer
+            elif answer is not None:
+                chips[name] = answer
             if not waiting:
-                answers[SUPERVISOR] = self.ctx.report()
+                nodes[SUPERVISOR] = self.ctx.report()
                 host = ChildRecord(
                     name=HOST, kind=HOST, pid=self._boot.host_pid, parent="", state="ready", incarnation=1, restarts=0
                 )
                 processes = tuple(
-                    ProcessReport(record, answers.get(record.name)) for record in (host, *self._records())
+                    ProcessReport(record, nodes.get(record.name), chips.get(record.name))
+                    for record in (host, *self._records())
                 )
-                call.reply(TreeReport(processes=processes, refused=self._refused))
+                call.reply(TreeReport(processes=processes, refused=self._refused, reaps=self._reaps.read()))
 
         if not waiting:
-            settle("", None)
-        for name in sorted(waiting):
+            settle("", NodeReportRequest, None)
+        for name, question in sorted(waiting, key=str):
             self.ctx.ask(
                 name,
-                NodeReportRequest(),
+                question(),
                 timeout_s=REPORT_TIMEOUT_S,
-                on_reply=partial(settle, name),
-                on_error=lambda _, name=name: settle(name, None),  # type: ignore[misc]
+                on_reply=partial(settle, name, question),
+                on_error=lambda _, name=name, question=question: settle(name, question, None),  # type: ignore[misc]
             )
+
+    def _is_chip(self, name: str) -> bool:
+        return name in self._tree.children and self._tree.children[name].spec.kind == "chip"
 
     def _living(self, name: str) -> Child | None:
         """The child of that name whose current life has been asked for and is not over."""
@@ -406,6 +419,8 @@ class SupervisorActor(Actor):
         child = self._tree.children[end.name]
         if child.is_linked:
             self._tell_down(child, f"{end.exit}, {child.reason}" if child.reason else end.exit)
+        if end.pid:
+            self._reaps.observe((self.ctx.clock.now_ns() - end.seen_ns) / 1e9)
         self.ctx.call_soon_threadsafe(lambda: self._follow(end))
 
     def _follow(self, end: LifeEnd) -> None:

@@ -7,6 +7,7 @@ from .clock import Clock, SystemClock, VirtualClock
 from .conversation import Ask, Call
 from .curve import CurveKeys, TcpInbox, TcpPeer
 from .envelope import Lane
+from .histogram import UNOBSERVED, Histogram, Series
 from .ledger import Entry, LedgerReader, LedgerWriter, read_ledger
 from .lifecycle import (
     Failure,
@@ -33,6 +34,7 @@ from .tokens import TOKEN_BYTES, TokenIds, count_tokens, pack_tokens, unpack_tok
 
 __all__ = [
     "TOKEN_BYTES",
+    "UNOBSERVED",
     "Actor",
     "Arena",
     "Ask",
@@ -42,6 +44,7 @@ __all__ = [
     "CurveKeys",
     "Entry",
     "Failure",
+    "Histogram",
     "Lane",
     "LedgerReader",
     "LedgerWriter",
@@ -57,6 +60,7 @@ __all__ = [
     "Pong",
     "Progress",
     "Ready",
+    "Series",
     "Stop",
     "SystemClock",
     "TcpInbox",

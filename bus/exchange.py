@@ -18,7 +18,7 @@ from .actor import Actor
 from .checks import Checks
 from .clock import NS_PER_S, Clock
 from .conversation import BROKEN, CANCEL_REASONS, CANCELLED, EXPIRED, STREAM_WINDOW, Ask, Call
-from .credits import WORK_CREDIT, WORK_CREDIT_BYTES, cost_of
+from .credits import CREDIT_WAIT_S, WORK_CREDIT, WORK_CREDIT_BYTES, cost_of
 from .deadlines import Deadlines
 from .envelope import (
     ASK,
@@ -41,6 +41,7 @@ from .envelope import (
     record_at,
     seal,
 )
+from .histogram import Series
 from .ledger import LedgerWriter
 from .lifecycle import error_of, failure_of
 from .lifespan import Lifespan
@@ -93,6 +94,7 @@ class Exchange:
         self.checks = Checks(self)
         self.deadlines = Deadlines(self)
         self.counters: Counter[str] = Counter()
+        self.credit_waits = Series(CREDIT_WAIT_S)  # seconds, of asks that found no credit
         self.sender = ""
         self.sender_incarnation = 0
         self.is_finished = False
@@ -225,6 +227,8 @@ class Exchange:
         """End an ask without calling anybody, and tell the callee why (index into ``CANCEL_REASONS``)."""
         link = ask.link
         ask.end()
+        if link is not None and not ask.is_sent:
+            self.waited(ask)
         if link is None or not ask.is_sent or link is not self._links.get(link.peer):
             return
         link.given_up.add(ask.correlation)
@@ -462,6 +466,11 @@ class Exchange:
                         self._send_ask(link, ask, body)
                     except BusError as error:
                         self._fail_soon(ask, error)
+                    self.waited(ask)
+
+    def waited(self, ask: Ask) -> None:
+        """Count an ask that found no credit: it has now been sent, or has ended before."""
+        self.credit_waits.observe((self.clock.now_ns() - ask.began_ns) / NS_PER_S)
 
     def wants_more(self, control: bool) -> bool:
         """Whether a transport should read on at once, or let the actor work and poll again.

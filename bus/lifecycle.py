@@ -10,6 +10,7 @@ import msgspec
 from .. import errors
 from ..errors import ChipbusError
 from .envelope import Lane
+from .histogram import UNOBSERVED, Histogram
 from .registry import message
 
 __all__ = [
@@ -135,6 +136,7 @@ class NodeReport:
     counters: tuple[tuple[str, int], ...] = ()  # as ``Context.counters``
     ledger_bytes: int = 0  # written to its ledger
     ledger_failures: int = 0  # writes that were refused; nothing is recorded after one
+    credit_waits: Histogram = UNOBSERVED  # seconds that asks waited for credit, of those that had to
 
 
 @message(0x010A, lane=Lane.WORK)

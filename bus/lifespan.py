@@ -77,6 +77,7 @@ class Lifespan:
             counters=tuple(exchange.counters.items()),
             ledger_bytes=0 if ledger is None else ledger.written_bytes,
             ledger_failures=0 if ledger is None else ledger.failures,
+            credit_waits=exchange.credit_waits.read(),
         )
 
     def _answer_report(self, _: NodeReportRequest, call: Call | None) -> None:

@@ -97,4 +97,6 @@ class Peers:
         for ask in list(link.asks.values()):
             if ask.is_open:  # an earlier callback may have cancelled it
                 ask.end()
+                if not ask.is_sent:
+                    self._exchange.waited(ask)
                 self._exchange.guard("on_error", None, ask.on_error, error)

@@ -1,6 +1,7 @@
 """The captured graphs of one chip: tile programs it has loaded, and what they and the built-in programs were traced to.
 
-Owns: loaded programs until they are unregistered, and a bounded number of graphs (least recently used goes first).
+Owns: loaded programs until they are unregistered, a bounded number of graphs (least recently used goes first), and the
+most that any of them has held of each ring.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from ..errors import KernelError, NumberedError
-from ..topology.rings import RingRequest, resolve_rings
+from ..topology.rings import RingRequest, RingUse, most_of, resolve_rings
 from .dispatch import LaunchConfig
 from .graph import TaskGraph
 from .incore import InCore
@@ -37,6 +38,8 @@ class Captures:
         self._limit = limit
         self._programs: dict[bytes, TileProgram] = {}
         self._captures: OrderedDict[str, Capture] = OrderedDict()
+        self.rings: tuple[RingUse, ...] = ()
+        """See ``Chip.rings``; also of graphs that have gone."""
 
     def register(self, program: Program) -> None:
         """Load a tile program; others need nothing here. ``InvalidArgs`` if its code cannot be had."""
@@ -93,6 +96,8 @@ class Captures:
 
     def _keep(self, capture: Capture) -> Capture:
         self._captures[capture.name] = capture
+        uses = capture.graph.high_water
+        self.rings = tuple(map(most_of, self.rings, uses)) if self.rings else uses
         if len(self._captures) > self._limit:
             self._captures.popitem(last=False)
         return capture

@@ -15,6 +15,7 @@ from .dispatch import Arg, Completion, Dispatch
 from .program import Program, TensorSpec
 
 if TYPE_CHECKING:
+    from ..topology.rings import RingUse
     from .faults import Fault
 
 __all__ = ["CHIP_KINDS", "Chip", "Kept", "Report", "open_chip"]
@@ -71,6 +72,11 @@ class Chip(Protocol):
 
         The one thing that other threads may read while a command runs: does it still get on?
         """
+        ...
+
+    @property
+    def rings(self) -> tuple[RingUse, ...]:
+        """Per ring, the most that a graph captured on this chip has held; empty before the first one."""
         ...
 
     def register(self, program: Program) -> None:

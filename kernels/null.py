@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CoreException, KernelError, MemoryExhausted
+from ..topology.rings import RingUse
 from .arguments import check_arguments, check_copy, check_kind, check_tensor, find_program, find_resident
 from .captures import Capture, Captures
 from .chips import Report
@@ -99,6 +100,11 @@ class NullChip:
     def resident_bytes(self) -> int:
         """What a real chip would hold, without weights: they are not read."""
         return sum(nbytes(tensor.dtype, tensor.shape) for tensor in self._residents.values() if not tensor.source)
+
+    @property
+    def rings(self) -> tuple[RingUse, ...]:
+        """See ``Chip.rings``."""
+        return self._captures.rings
 
     def register(self, program: Program) -> None:
         """See ``Chip.register``."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import KernelError, MemoryExhausted
+from ..topology.rings import RingUse
 from .arguments import check_arguments, check_copy, check_kind, check_tensor, find_program, find_resident
 from .captures import Capture, Captures
 from .chips import Report
@@ -111,6 +112,11 @@ class TorchChip(ABC):
     def num_graphs(self) -> int:
         """Bound graphs held now."""
         return len(self._graphs)
+
+    @property
+    def rings(self) -> tuple[RingUse, ...]:
+        """See ``Chip.rings``."""
+        return self._captures.rings
 
     def register(self, program: Program) -> None:
         """See ``Chip.register``."""

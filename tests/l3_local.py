@@ -72,6 +72,8 @@ class AddingChip:
     def progress(self) -> int:
         return len(self.launched)
 
+    rings = ()
+
     def register(self, program: Program) -> None:
         if not program.kind.startswith("test."):
             raise KernelError(f"program {program.name} is of kind {program.kind!r}")

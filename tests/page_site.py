@@ -16,10 +16,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chipbus import AsyncEngine
+from chipbus.actors.messages.launching import ChipReport
 from chipbus.actors.messages.tree import ChildRecord, ProcessReport, ProgramStatistics, ReplicaStatistics
-from chipbus.actors.report import EngineReport, Event, Histogram, Latencies, RequestRow
-from chipbus.bus import NodeReport
+from chipbus.actors.report import EngineReport, Event, Latencies, RequestRow
+from chipbus.bus import Histogram, NodeReport
 from chipbus.tools.serve.state import routes
+from chipbus.topology.rings import RingUse
 
 __all__ = ["NOW", "Site", "hand_made_report"]
 
@@ -134,6 +136,8 @@ def hand_made_report(evil: str = "") -> EngineReport:
         queued=nothing, prefill=nothing, decode=nothing,
     )  # fmt: skip
     waits = {"waits_for": f"Generate{evil}", "waits_on": f"tokenizer.0{evil}", "waits_s": 2.31, "open_asks": 3}
+    rings = (RingUse(tasks=300, heap_bytes=4096), RingUse(), RingUse(tasks=1), RingUse(tasks=2, dep_entries=70))
+    chip = ChipReport(2**20, "", 0.0, f"null{evil}", ((f"decode{evil}", 0.25), ("prefill", 0.004)), rings)
     processes = (
         ProcessReport(_record("host", "host", ""), _node(**waits)),
         ProcessReport(_record("supervisor", "supervisor", ""), _node()),
@@ -142,7 +146,7 @@ def hand_made_report(evil: str = "") -> EngineReport:
             _node(mailbox=12, lanes=(("work", 12),)),
         ),
         ProcessReport(_record("replica.0", "replica", "supervisor"), _node(is_busy=True)),
-        ProcessReport(_record("chip.0.0", "chip", "replica.0"), _node()),
+        ProcessReport(_record("chip.0.0", "chip", "replica.0"), _node(), chip),
         ProcessReport(_record(f"replica.1{evil}", "replica", "supervisor", state="backoff", pid=0), None),
         ProcessReport(_record("chip.1.0", "chip", f"replica.1{evil}", state="backoff", pid=0), None),
     )

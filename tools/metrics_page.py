@@ -35,8 +35,11 @@ Both are in the package, next to `chipbus.tools.serve`.
 * Counters go on over the lives of the processes behind them. What a process did between its last answer and its death
   is not known and not guessed; requests and tokens are counted by the host application, which loses none.
 * A replica that is down keeps its counters, and 0 stands for what it has now.
+* What a chip says of itself is of its present life, and not there while it does not answer. `chip_busy_ratio` is wall
+  time of the thread that computes; `dispatch_seconds_total` is a null chip's modelled time, which has no wall.
+  Rings are those of the task graphs of chips (L2); a server has none on the host (L3).
 * Labels have few values. No label is the id of a request.
-* Histograms have vLLM's bounds, and finer ones below.
+* Histograms of requests and steps have vLLM's bounds, those of latencies finer ones below, too.
 * Times in seconds. Latencies are measured where the caller is, on the engine's bus thread; queue, prefill and decode
   times are the replica core's.
 

@@ -80,6 +80,8 @@ def cells(process: ProcessReport) -> tuple[str, ...]:
         return (*fixed[:3], state, *fixed[4:], "", "", "", "", "", record.last_exit)
     waits = f"{node.waits_for} of {node.waits_on} for {node.waits_s:.1f} s" if node.waits_for else ""
     progress = f"{node.progress}{' busy' if node.is_busy else ''}"
+    if process.chip is not None and process.chip.busy:
+        progress += f", {100 * sum(share for _, share in process.chip.busy):.0f} % of a minute"
     return (*fixed, _age(node.age_s), str(node.mailbox), str(node.open_asks), waits, progress, record.last_exit)
 
 
@@ -89,7 +91,9 @@ def as_json(run_dir: Path, report: TreeReport) -> str:
     for process in report.processes:
         fields = attrs.asdict(process.record)
         fields["phases"] = dict(process.record.phases)
-        processes.append({**fields, "node": None if process.node is None else attrs.asdict(process.node)})
+        for name, said in (("node", process.node), ("chip", process.chip)):
+            fields[name] = None if said is None else attrs.asdict(said)
+        processes.append(fields)
     return json.dumps({"run_dir": str(run_dir), "processes": processes, "refused": report.refused})
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "RingSizes",
     "RingUse",
     "check_reservation",
+    "most_of",
     "resolve_rings",
     "suggest_rings",
 ]
@@ -165,6 +166,12 @@ class RingUse:
     heap_allocated: int = 0
     """Bytes of all blocks there have been, one after another."""
     dep_entries: int = 0
+
+
+def most_of(one: RingUse, other: RingUse) -> RingUse:
+    """Field by field, the larger one: the use of a ring that both would have fitted into."""
+    names = [field.name for field in attrs.fields(RingUse)]
+    return RingUse(**{name: max(getattr(one, name), getattr(other, name)) for name in names})
 
 
 def resolve_rings(

@@ -11,6 +11,7 @@ import attrs
 from ...bus import Failure, Lane, message
 from ...kernels.dispatch import Arg, Completion, Dispatch
 from ...kernels.program import Program, TensorSpec
+from ...topology.rings import RingUse
 
 __all__ = [
     "AllocTensor",
@@ -139,6 +140,8 @@ class ChipReport:
     running: str  # the command or dispatch on the compute thread; empty: idle
     running_s: float
     engine: str = ""  # what computes the programs of its model, see ``Chip.engine``; empty: it has no weights
+    busy: tuple[tuple[str, float], ...] = ()  # per program, the share of the last minute it ran, 0 to 1
+    rings: tuple[RingUse, ...] = ()  # see ``Chip.rings``, as of the last launch that ended
 
 
 @message(0x030D, lane=Lane.WORK)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import attrs
 
-from ...bus import Lane, NodeReport, message
+from ...bus import UNOBSERVED, Histogram, Lane, NodeReport, message
 from ...errors import ConfigError
+from .launching import ChipReport
 
 __all__ = [
     "AllReplicaStatistics",
@@ -152,6 +153,8 @@ class ReplicaStatistics:
     prefix_hits: int = 0  # of these, found there
     programs: tuple[ProgramStatistics, ...] = ()  # dispatches by program
     incarnation: int = 1  # life of the replica core; what counts up counts from its beginning
+    step_tokens: Histogram = UNOBSERVED  # tokens that each step computed
+    poisoned_lanes: int = 0  # chips that were given up, and take no work until they are replaced
 
 
 @message(0x0409, lane=Lane.HEALTH)
@@ -199,6 +202,7 @@ class ProcessReport:
 
     record: ChildRecord
     node: NodeReport | None
+    chip: ChipReport | None = None  # of a chip worker that answered
 
 
 @message(0x040F, lane=Lane.HEALTH)
@@ -208,6 +212,7 @@ class TreeReport:
 
     processes: tuple[ProcessReport, ...]
     refused: int  # messages of guests that asked for more than this
+    reaps: Histogram = UNOBSERVED  # seconds from seeing that a process has ended until its neighbours were told
 
 
 def _seconds(_: object, __: object, value: float) -> None:

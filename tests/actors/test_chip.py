@@ -12,8 +12,11 @@ from chipbus.actors.messages.launching import (
     AllocTensor,
     ChipReport,
     ChipReportRequest,
+    Completion,
+    Dispatch,
     Done,
     FreeTensor,
+    Launch,
     RegisterProgram,
 )
 from chipbus.bus import Ready, SystemClock
@@ -22,6 +25,7 @@ from chipbus.kernels.chips import Chip
 from chipbus.kernels.null import NullChip
 from chipbus.kernels.qwen3.model import ModelSpec
 from chipbus.kernels.qwen3.step import Limits, ModelPrograms
+from chipbus.topology.rings import RingUse
 
 DEMO = Path(__file__).resolve().parents[2] / "chipbus" / "demo"
 
@@ -209,3 +213,52 @@ def test_what_a_job_raises_is_reported_as_a_typed_error_and_the_next_job_runs(
     assert isinstance(outcomes[0][1], expected)
     assert words in str(outcomes[0][1])
     assert outcomes[1] == (7, None)
+
+
+def test_a_chip_tells_how_busy_it_is_also_in_the_middle_of_a_launch_and_after_one_that_failed() -> None:
+    heard, answers = Heard(), Answers()
+    go_on = threading.Event()
+
+    class SlowChip(NullChip):
+        rings = (RingUse(tasks=3),)
+
+        def launch(self, dispatch: Dispatch, *, digest: bool = False) -> Completion:
+            if dispatch.dispatch_id == 1:
+                raise KernelError("it does not want to")
+            heard.post(lambda: None)
+            go_on.wait(10)
+            return Completion(dispatch_id=dispatch.dispatch_id)
+
+    actor = ChipActor({"device": "null:0", "threads": 1})
+    actor.ctx = DelayedBus(heard)  # type: ignore[assignment]
+    actor.open_chip = SlowChip  # type: ignore[method-assign]
+    limits = Limits(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=8, page_size=4, num_pages=2)
+    programs = ModelPrograms.build(ModelSpec.from_directory(DEMO), limits)
+
+    def report() -> ChipReport:
+        actor._report(ChipReportRequest(), answers)  # type: ignore[arg-type]
+        last = answers.replies[-1]
+        assert isinstance(last, ChipReport)
+        return last
+
+    actor.on_start()
+    assert report().busy == report().rings == ()
+    for program in (programs.prefill, programs.decode):
+        actor._register(RegisterProgram(program), answers)  # type: ignore[arg-type]
+    digests = (programs.prefill.digest, programs.decode.digest)
+    dispatches = [Dispatch(dispatch_id=n, step_id=1, program=digest, args=()) for n, digest in enumerate(digests, 1)]
+    actor._launch(Launch(tuple(dispatches)), answers)  # type: ignore[arg-type]
+    heard.wait(4)  # opened, two registered, in the second dispatch
+    first, second = dict(report().busy), dict(report().busy)
+    go_on.set()
+    assert actor._compute is not None
+    actor._compute.close(lambda: None)
+    heard.wait(2)
+
+    assert first.keys() == second.keys() == {"prefill", "decode"}
+    assert 0 < first["prefill"] <= 1
+    assert 0 < first["decode"] <= 1
+    assert second["decode"] > first["decode"] / 2, "it goes on while the other thread computes"
+    after = report()
+    assert dict(after.busy).keys() == {"prefill", "decode"}
+    assert after.rings == (RingUse(tasks=3),)

@@ -9,15 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chipbus.actors.busy import BusyTime
 from chipbus.actors.event_log import EventLog, ProcessLog, changes, restart_reason
 from chipbus.actors.lives import NodeLives, ReplicaLives
 from chipbus.actors.messages.serving import TextDone, TokensDone
 from chipbus.actors.messages.tree import ChildRecord, ProgramStatistics, ReplicaStatistics
 from chipbus.actors.meter import Meter
-from chipbus.actors.report import MOST_EVENTS, MOST_ROWS, Histogram
+from chipbus.actors.report import MOST_EVENTS, MOST_ROWS
 from chipbus.actors.reporter import is_ready
 from chipbus.actors.window import SLOT_NS, WINDOW_NS
-from chipbus.bus import NodeReport
+from chipbus.bus import UNOBSERVED, Histogram, NodeReport
 from chipbus.errors import WorkerDied
 
 S = 1_000_000_000
@@ -298,3 +299,64 @@ def test_a_difference_of_histograms_is_what_came_between() -> None:
     early, late = Histogram((1.0, 2.0), (1, 0, 2), 9.0), Histogram((1.0, 2.0), (1, 4, 3), 20.0)
 
     assert late.since(early) == Histogram((1.0, 2.0), (0, 4, 1), 11.0)
+
+
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=3), st.lists(st.integers(0, 9), min_size=3, max_size=3))
+def test_a_sum_of_histograms_is_all_that_was_observed(one: list[int], other: list[int]) -> None:
+    first, second = (Histogram((1.0, 2.0), tuple(counts), sum(counts)) for counts in (one, other))
+
+    assert (first + second).counts == tuple(a + b for a, b in zip(one, other, strict=True))
+    assert (first + second).since(first) == second
+    assert first + UNOBSERVED == UNOBSERVED + first == first
+
+
+def test_what_was_observed_of_steps_and_waits_is_kept_over_lives() -> None:
+    cores, nodes = ReplicaLives(), NodeLives()
+    for life, counts in ((1, (2, 0)), (1, (2, 1)), (2, (4, 0))):
+        seen = Histogram((1.0,), counts, 8.0)
+        cores.saw([attrs.evolve(statistics(0, life, 1), step_tokens=seen)])
+        nodes.saw("router", life, NodeReport(age_s=1, mailbox=0, open_asks=0, credit_waits=seen))
+
+    assert cores.totals(set())[0].step_tokens == nodes.totals()[0].credit_waits == Histogram((1.0,), (6, 1), 16.0)
+
+
+# How busy a chip is.
+
+BRIEF_NS = st.one_of(st.integers(0, S), st.integers(0, 3 * SLOT_NS), st.integers(0, 2 * WINDOW_NS), st.just(SLOT_NS))
+
+
+@pytest.mark.guarantee("M27")
+@given(
+    st.integers(1, 10 * S), st.lists(st.tuples(st.sampled_from("ab"), BRIEF_NS, BRIEF_NS, st.booleans()), max_size=40)
+)
+def test_a_chip_is_busy_for_as_long_as_it_ran_each_program_in_the_last_minute(
+    began_ns: int, spans: list[tuple[str, int, int, bool]]
+) -> None:
+    busy = BusyTime(began_ns)
+    ran: list[tuple[str, int, int]] = []
+    now_ns = began_ns
+
+    def check() -> None:
+        age_ns = now_ns - began_ns
+        width_ns = min(age_ns, WINDOW_NS + age_ns % SLOT_NS)
+        total = dict.fromkeys((program for program, _, _ in ran), 0)
+        for program, begin, end in ran:
+            total[program] += max(0, end - max(begin, now_ns - width_ns))
+        shares = dict(busy.shares(now_ns))
+        assert shares == pytest.approx({program: ns / max(1, width_ns) for program, ns in total.items()})
+        assert sum(shares.values()) <= 1 + 1e-9
+
+    for program, pause, length, looks in spans:
+        now_ns += pause
+        check()
+        busy.begin(program, now_ns)
+        begin = now_ns
+        now_ns += length // 2
+        if looks:
+            ran.append((program, begin, now_ns))
+            check()
+            ran.pop()
+        now_ns += length - length // 2
+        busy.end(now_ns)
+        ran.append((program, begin, now_ns))
+        check()

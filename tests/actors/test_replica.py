@@ -13,7 +13,7 @@ from serving_actors import Answer
 
 from chipbus.actors.handling import Handling
 from chipbus.actors.messages.serving import Submit
-from chipbus.actors.messages.tree import ReplicaStatisticsRequest
+from chipbus.actors.messages.tree import ReplicaStatistics, ReplicaStatisticsRequest
 from chipbus.actors.sampling import SamplingParams
 from chipbus.bus import pack_tokens
 from chipbus.errors import (
@@ -392,3 +392,43 @@ def test_a_core_refuses_what_is_pinned_to_another(pin: dict[str, int]) -> None:
     assert type(astray.error) is BadTarget
     assert f"{next(iter(pin))} 1 was asked of the core that is" in str(astray.error)
     assert right.error is None
+
+
+def statistics_of(replica: Replica) -> ReplicaStatistics:
+    told = Answer(ReplicaStatisticsRequest())
+    replica.asker.submit_again(told)
+    replica.system.run_until(lambda: told.is_over)
+    statistics: ReplicaStatistics = told.reply
+    return statistics
+
+
+@pytest.mark.guarantee("M24")
+def test_each_step_is_one_observation_of_the_tokens_it_computed() -> None:
+    replica = Replica(3, max_num_seqs=2)
+    ask(replica, list(range(20, 33)), [40], [50, 51, 52], max_tokens=3)
+    replica.finish()
+
+    statistics = statistics_of(replica)
+
+    computed = {program.program: program.tokens for program in statistics.programs}
+    assert sum(statistics.step_tokens.counts) == statistics.steps
+    assert statistics.step_tokens.total == computed["prefill"] + computed["decode"] == 17 + 6
+    assert statistics.step_tokens.counts[:3] != (statistics.steps, 0, 0), "a chunk of eight with one that decodes"
+
+
+@pytest.mark.guarantee("M29")
+def test_a_chip_that_was_given_up_is_a_poisoned_lane_until_it_is_replaced() -> None:
+    replica = Replica(5)
+    assert statistics_of(replica).poisoned_lanes == 0
+    assert replica.chip._compute is not None
+    replica.chip._compute.submit = lambda *_: None  # type: ignore[method-assign]
+    [answer] = ask(replica, [20, 21])
+    replica.system.run_until(lambda: replica.core._lane.first_cause is not None, limit_s=100)
+
+    assert statistics_of(replica).poisoned_lanes == 1
+    replica.system.kill("chip.0.0", "signal 9 (SIGKILL)")
+    replica.system.run_until(lambda: "chip.0.0" not in replica.core.ctx.peers())
+    assert statistics_of(replica).poisoned_lanes == 0
+    replica.start_chip()
+    replica.finish()
+    assert answer.is_over

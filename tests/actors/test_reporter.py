@@ -46,10 +46,13 @@ def counters_of(report: EngineReport) -> Iterator[tuple[str, float]]:
     yield from ((f"restarts {row.worker} {row.reason}", row.count) for row in report.restarts)
     for row in report.replicas:
         yield from ((f"{name} {row.replica}", getattr(row, name)) for name in REPLICA_COUNTERS)
+        yield from ((f"step {row.replica} {place}", count) for place, count in enumerate(row.step_tokens.counts))
         yield from ((f"dispatches {row.replica} {use.program}", use.dispatches) for use in row.programs)
     for totals in report.totals:
         yield f"ledger_bytes {totals.name}", totals.ledger_bytes
         yield from ((f"{name} {totals.name}", count) for name, count in totals.counters.items())
+        yield from ((f"wait {totals.name} {place}", n) for place, n in enumerate(totals.credit_waits.counts))
+    yield from ((f"reap {place}", count) for place, count in enumerate(report.reaps.counts))
     for name, histogram in attrs.asdict(report.latencies, recurse=False).items():
         yield from ((f"{name} {place}", count) for place, count in enumerate(histogram.counts))
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from supervised import PROGRAMS, Host, tree_of_four, worker
 
-from chipbus.actors.messages.tree import ChildEnd, GroupLost, StartFailure, TreeReady
+from chipbus.actors.messages.tree import ChildEnd, GroupLost, StartFailure, TreeReady, TreeReport, TreeReportRequest
 from chipbus.actors.processes import ExitStatus, signal_group
 from chipbus.bus import Progress
 from support import descriptors, eventually, our_processes, weight_files
@@ -290,6 +290,22 @@ def test_a_warden_killed_together_with_its_children_is_survived() -> None:
         host.record("router", incarnation=2)
         host.record("tokenizer.0", incarnation=2)
         assert not [p for p in psutil.Process(host.handle.pid).children() if p.status() == psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.guarantee("M26")
+def test_each_reaped_process_is_one_observation_from_its_death_being_seen_until_its_neighbours_were_told() -> None:
+    with Host(*tree_of_four()) as host:
+        host.hear(TreeReady)
+        assert sum(host.ask(TreeReportRequest(), TreeReport).reaps.counts) == 0
+        warden_of(host).suspend()  # who knows how its child ended, and does not say
+        os.kill(host.record("router").pid, signal.SIGKILL)
+        eventually(lambda: sum(host.ask(TreeReportRequest(), TreeReport).reaps.counts) == 1, "it is reaped")
+        warden_of(host).resume()
+        host.record("router", incarnation=2)
+
+        reaps = host.ask(TreeReportRequest(), TreeReport).reaps
+        assert sum(reaps.counts) == 1
+        assert reaps.total > 0.2, "it was waited for the warden's word for a quarter of a second"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chipbus.bus import Context, LocalSystem
-from chipbus.bus.credits import MESSAGE_COST, WORK_CREDIT, WORK_CREDIT_BYTES, cost_of
+from chipbus.bus.credits import CREDIT_WAIT_S, MESSAGE_COST, WORK_CREDIT, WORK_CREDIT_BYTES, cost_of
 from chipbus.bus.envelope import ASK, CHECK, CREDIT, TELL, envelope_of
 from chipbus.bus.link import Link
 from chipbus.errors import BadFrame, DeadlineExceeded, MailboxFull, PeerGone
@@ -378,3 +378,42 @@ def test_a_slow_server_across_sockets_is_sent_what_it_can_take_and_asks_wait(nod
     assert dict(asker.ctx.counters()) == dict(server.ctx.counters()) == {}
     link = asker.ctx._exchange.peers.links["server"]  # type: ignore[attr-defined]
     eventually(lambda: link.work_returned == total * MESSAGE_COST, "all credit is back")
+
+
+@pytest.mark.guarantee("M25")
+@pytest.mark.usefixtures("few")
+def test_each_ask_that_finds_no_credit_is_one_wait_until_it_is_sent_or_ends() -> None:
+    pair = Pair()
+    server, asking = pair.system._seats["server"], pair.system._seats["asker"]
+
+    def waits() -> tuple[int, float]:
+        seen = pair.ctx.report().credit_waits
+        assert seen.bounds == CREDIT_WAIT_S
+        return sum(seen.counts), seen.total
+
+    def pass_time(seconds: int) -> None:
+        pair.system.clock.advance_to(pair.system.clock.now_ns() + seconds * 10**9)
+
+    answered = [pair.asker.ask("server", Number(value)) for value in range(FEW)]
+    cancelled, late, patient, lost = (pair.asker.ask("server", Number(100), timeout_s=t) for t in (60, 4, 60, 60))
+    assert waits() == (0, 0.0), "none has ended its wait, and those with credit had none"
+    pass_time(2)
+    cancelled.cancel()
+    assert waits() == (1, 2.0)
+    serve, server.exchange.serve = server.exchange.serve, lambda **_: False  # type: ignore[method-assign]
+    pass_time(3)
+    while late.is_open:
+        asking._fire()
+    assert waits() == (2, 7.0)
+    server.exchange.serve = serve  # type: ignore[method-assign]
+    pair.run(lambda: not any(ask.is_open for ask in (*answered, patient, lost)))
+    assert waits() == (4, pytest.approx(17.0, abs=1.0)), "two were sent, and an answer ends no wait"
+    idle(pair.system)
+    for value in range(FEW):
+        pair.ctx.tell("server", Number(value))
+    gone = pair.asker.ask("server", Number(7))
+    pass_time(5)
+    pair.system.kill("server", "test")
+    pair.run(lambda: not gone.is_open)
+
+    assert waits() == (5, pytest.approx(22.0, abs=1.0))

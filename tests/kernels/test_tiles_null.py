@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import tile_programs as programs
@@ -20,6 +22,7 @@ from chipbus.kernels.null import CostTable, NullChip
 from chipbus.kernels.null_tiles import null_values
 from chipbus.kernels.program import TensorSpec
 from chipbus.kernels.tiles import TileProgram
+from chipbus.topology.rings import most_of
 
 X = np.arange(35, dtype=np.float32).reshape(5, 7)
 TIMED = LaunchConfig(timeline=True)
@@ -176,3 +179,22 @@ def test_a_schedule_of_faults_is_its_seed() -> None:
     ):
         with pytest.raises(ConfigError):
             wrong()
+
+
+@pytest.mark.guarantee("M28")
+@pytest.mark.parametrize("open_it", [NullChip, lambda: CpuChip(1)])
+def test_a_chip_tells_the_most_that_any_of_its_graphs_has_held_of_each_ring(open_it: Callable[[], Any]) -> None:
+    chip = open_it()
+    assert chip.rings == ()
+    small, large = np.zeros((5, 7), np.float32), np.zeros((50, 7), np.float32)
+    held = []
+    for rows in (small, large, small):
+        launch(chip, programs.staged, Arg.of(rows), Arg.out("float32", rows.shape))
+        held.append(chip.rings)
+    chip.unregister(programs.staged.program.digest)
+
+    assert len(held[0]) == 4
+    assert held[1] != held[0]
+    assert held[2] == held[1] == chip.rings
+    for before, after in zip(held[0], held[1], strict=True):
+        assert attrs.astuple(most_of(before, after)) == attrs.astuple(after)

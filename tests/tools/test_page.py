@@ -157,6 +157,16 @@ def test_requests_are_seen_from_their_first_token_to_their_end(site: Site, page:
     page.shows("of 1 request that ended well", "#ttft")
 
 
+def test_the_details_of_a_chip_say_how_busy_it_was_and_what_its_rings_have_held(page: Page, tmp_path: Path) -> None:
+    page.open(write(tmp_path / "run.html", embedded_page(hand_made_report(), "run")))
+    page.click("button[data-name='chip.0.0']")
+
+    page.shows("ran, last minute decode 25 %, prefill < 1 %", "#details")
+    held = "ring 0: 300 tasks, 4,096 bytes; ring 2: 1 task; ring 3: 2 tasks, 70 of its dependency pool"
+    page.shows(f"rings, most held {held}", "#details")
+    assert page.complaints() == []
+
+
 @pytest.mark.guarantee("Y3")
 def test_no_text_of_a_report_is_ever_markup(page: Page, tmp_path: Path) -> None:
     page.open(write(tmp_path / "evil.html", embedded_page(hand_made_report(EVIL), EVIL)))

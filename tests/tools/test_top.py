@@ -14,6 +14,7 @@ import pytest
 
 from chipbus import Engine, SamplingParams
 from chipbus.actors.guest import Guest
+from chipbus.actors.messages.launching import ChipReport
 from chipbus.actors.messages.tree import (
     ChildRecord,
     ProcessReport,
@@ -147,6 +148,7 @@ BUSY = NodeReport(
     progress=9,
     is_busy=True,
 )
+CHIP = ChipReport(1 << 20, "", 0.0, "null", (("decode", 0.3), ("prefill", 0.04)))
 
 
 def test_a_line_of_the_table_says_what_a_process_is_at() -> None:
@@ -168,13 +170,20 @@ def test_who_should_answer_and_does_not_is_silent(state: str, pid: int, shown: s
     assert dict(zip(HEAD, cells(ProcessReport(record, None)), strict=True))["state"] == shown
 
 
+def test_a_line_of_a_chip_says_how_busy_it_was() -> None:
+    line = dict(zip(HEAD, cells(ProcessReport(ROUTER, BUSY, CHIP)), strict=True))
+
+    assert line["progress"] == "9 busy, 34 % of a minute"
+
+
 def test_json_is_one_object_on_one_line() -> None:
-    text = as_json(Path("/run/x"), TreeReport(processes=(ProcessReport(ROUTER, BUSY),), refused=3))
+    text = as_json(Path("/run/x"), TreeReport(processes=(ProcessReport(ROUTER, BUSY, CHIP),), refused=3))
 
     assert "\n" not in text
     told = json.loads(text)
     assert (told["run_dir"], told["refused"], told["processes"][0]["phases"]) == ("/run/x", 3, {"forked": 1.5})
     assert told["processes"][0]["node"]["waits_s"] == 3.24
+    assert told["processes"][0]["chip"]["busy"] == [["decode", 0.3], ["prefill", 0.04]]
 
 
 @pytest.mark.slow

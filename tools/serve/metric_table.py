@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 import attrs
 
 from ...actors.messages.tree import ReplicaStatistics
-from ...actors.report import EngineReport, Histogram
-from ...bus import NodeReport
+from ...actors.report import EngineReport
+from ...bus import Histogram, NodeReport
 from ...bus.mailbox import LANE_BOUND, READ_BOUND
 
 __all__ = ["GROUPS", "HTTP_RESPONSES", "METRICS", "PREFIX", "Metric", "model_of"]
@@ -29,7 +29,7 @@ def _prefixed(name: str) -> str:
 
 @attrs.frozen(kw_only=True)
 class Metric:
-    """One family. ``name`` is whole, with the prefix, and ends in ``_total`` exactly if it is a counter."""
+    """One family. ``name`` is whole, with the prefix, and ends in ``_total`` if it is a counter."""
 
     group: str
     name: str = attrs.field(converter=_prefixed)
@@ -49,7 +49,7 @@ def _engine(read: Callable[[EngineReport], float | Histogram]) -> Callable[[Engi
     return lambda report: [((model_of(report),), read(report))]
 
 
-def _replicas(read: Callable[[ReplicaStatistics], float]) -> Callable[[EngineReport], Samples]:
+def _replicas(read: Callable[[ReplicaStatistics], float | Histogram]) -> Callable[[EngineReport], Samples]:
     """One sample per replica."""
     return lambda report: [((str(row.replica), model_of(report)), read(row)) for row in report.replicas]
 
@@ -71,6 +71,28 @@ def _nodes(read: Callable[[NodeReport], float]) -> Callable[[EngineReport], Samp
 def _counters(*names: str) -> Callable[[EngineReport], Samples]:
     """The sum of some of what a node counts, one sample per process."""
     return lambda report: [((t.name,), sum(t.counters.get(name, 0) for name in names)) for t in report.totals]
+
+
+def _chip_use(report: EngineReport) -> Samples:
+    return [
+        ((p.record.name, program), share)
+        for p in report.processes
+        if p.chip is not None
+        for program, share in p.chip.busy
+    ]
+
+
+def _ring_use(report: EngineReport) -> Samples:
+    """Resources by the name of the parameter that sizes them."""
+    return [
+        ((p.record.name, str(ring), resource), most)
+        for p in report.processes
+        if p.chip is not None
+        for ring, use in enumerate(p.chip.rings)
+        for resource, most in (
+            ("ring_task_window", use.tasks), ("ring_heap", use.heap_bytes), ("ring_dep_pool", use.dep_entries),
+        )
+    ]  # fmt: skip
 
 
 def _up(report: EngineReport) -> Samples:
@@ -170,6 +192,11 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         group="scheduler", name="step_seconds_total", kind="counter", labels=_REPLICA,
         help="Time that steps took, from the decision to their tokens.", read=_replicas(lambda row: row.step_ns / 1e9),
+    ),
+    Metric(
+        group="scheduler", name="iteration_tokens_total", kind="histogram", labels=_REPLICA,
+        help="Tokens that a step computed: of prompts, and one of each request that decodes. A histogram, as vLLM's.",
+        read=_replicas(lambda row: row.step_tokens),
     ),
     Metric(
         group="kv", name="kv_cache_usage_perc", kind="gauge", labels=_REPLICA,
@@ -278,12 +305,23 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         group="chips", name="dispatch_seconds_total", kind="counter", labels=_PROGRAM,
-        help="Chip time of these dispatches; its rate is how busy the replica's chip is with the program.",
+        help="Time that the chip took for these dispatches, modelled on a null chip.",
         read=_programs("device_ns", 1e-9),
     ),
     Metric(
         group="chips", name="dispatch_tokens_total", kind="counter", labels=_PROGRAM,
         help="Tokens or rows these dispatches were given.", read=_programs("tokens"),
+    ),
+    Metric(
+        group="chips", name="chip_busy_ratio", kind="gauge", labels=("chip", "program"),
+        help="Share of the last minute that a chip ran the program, by its own clock, 0 to 1; one under way counts.",
+        read=_chip_use,
+    ),
+    Metric(
+        group="chips", name="ring_high_water", kind="gauge", labels=("chip", "ring", "resource"),
+        help="The most a task graph of the chip has held of a ring: tasks, bytes of heap or entries, by the parameter "
+        "that sizes it.",
+        read=_ring_use,
     ),
     Metric(
         group="bus", name="mailbox_depth", kind="gauge", labels=("actor", "lane"),
@@ -304,6 +342,11 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         group="bus", name="oldest_ask_seconds", kind="gauge", labels=_ACTOR,
         help="Since when it waits for the oldest of them.", read=_nodes(lambda node: node.waits_s),
+    ),
+    Metric(
+        group="bus", name="credit_wait_seconds", kind="histogram", labels=_ACTOR,
+        help="How long asks of an actor waited for a peer to take more, sent at last or not; only those that had to.",
+        read=lambda report: [((totals.name,), totals.credit_waits) for totals in report.totals],
     ),
     Metric(
         group="bus", name="dropped_stale_messages_total", kind="counter", labels=_ACTOR,
@@ -341,6 +384,16 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         group="supervision", name="reaped_children_total", kind="counter", labels=(),
         help="Lives of processes that have ended.", read=lambda report: [((), report.exits)],
+    ),
+    Metric(
+        group="supervision", name="reap_seconds", kind="histogram", labels=(),
+        help="From seeing that a process has ended until it was reaped and its neighbours were told.",
+        read=lambda report: [((), report.reaps)],
+    ),
+    Metric(
+        group="supervision", name="poisoned_lanes", kind="gauge", labels=_REPLICA,
+        help="Chips of a replica that missed a deadline or refused a command: they take no work until replaced.",
+        read=_replicas(lambda row: row.poisoned_lanes),
     ),
     Metric(
         group="record", name="ledger_bytes_total", kind="counter", labels=_ACTOR,

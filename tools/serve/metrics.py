@@ -20,7 +20,8 @@ from starlette.routing import Route
 from starlette.types import Message, Send
 
 from ...actors.async_engine import AsyncEngine
-from ...actors.report import EngineReport, Histogram
+from ...actors.report import EngineReport
+from ...bus import Histogram
 from ...errors import EngineClosed, EngineDead
 from .metric_table import HTTP_RESPONSES, METRICS, Metric
 
