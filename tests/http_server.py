@@ -15,6 +15,7 @@ import uvloop
 
 from chipbus.actors.async_engine import AsyncEngine
 from chipbus.actors.outputs import RequestOutput, Statistics
+from chipbus.tools.serve import metrics, state
 from chipbus.tools.serve.app import make_app
 from chipbus.tools.serve.connections import HttpServer, listening_socket, url_of
 from chipbus.tools.serve.service import Service
@@ -63,7 +64,9 @@ class RunningServer:
         async with AsyncEngine(**self._settings) as self.engine:
             self.service = Service(self.engine, "demo", self._max_body_bytes)
             self.service.state = "serving"
-            self._http = HttpServer(make_app(self.service, self._api_key, is_private=True))
+            responses = metrics.HttpResponses()
+            more = [*state.routes(self.engine), *metrics.routes(self.engine, responses)]
+            self._http = HttpServer(make_app(self.service, self._api_key, more, responses, is_private=True))
             serving = asyncio.ensure_future(self._http.serve(sockets=[listener]))
             while not self._http.started:
                 await asyncio.sleep(0)
