@@ -23,6 +23,8 @@ from .unicode_text import check_unicode
 
 __all__ = ["Detokenizer", "StopScanner", "TextModel"]
 
+_MAX_REASON = 1000  # characters of what a template says against a conversation
+
 
 class Detokenizer(Protocol):
     """Turns token ids into text as they come. What ``add`` returned never changes later.
@@ -225,7 +227,8 @@ class TextModel:
         try:
             return self._chat.render([{"role": turn.role, "content": turn.content} for turn in turns])
         except Exception as error:  # a template is a program of the model's author and may raise anything
-            raise RequestInvalid(f"the chat template of model {self._name} failed: {error}") from error
+            why = str(error)[:_MAX_REASON]
+            raise RequestInvalid(f"the chat template of model {self._name} failed: {why}") from error
 
     def encode_chat(self, rendered: str, context: int | None = None) -> list[int]:
         """``encode`` for a rendered conversation; the template wrote all special tokens already."""

@@ -248,6 +248,12 @@ def test_a_template_that_refuses_says_why(models):
         models["byte-level"].render([ChatTurn("pirate", "arr")])
 
 
+def test_a_template_that_refuses_is_not_listened_to_for_ever(tmp_path):
+    model = TextModel(with_template(tmp_path, "{{ raise_exception('no' * 10**7) }}"))
+    with pytest.raises(RequestInvalid, match="no" * 500 + "$"):
+        model.render([ChatTurn("user", "hi")])
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -316,6 +322,137 @@ def test_a_template_without_end_is_ended_and_the_next_conversation_is_rendered(t
         with pytest.raises(RequestInvalid, match=says):
             model.render([ChatTurn("user", "hi")])
         assert model.render([ChatTurn("user", "hi"), ChatTurn("user", "hi")]) == "fine"
+
+
+MADE = "expressions made more than 268435456 characters"
+BITS = "a number of more than 65536 bits"
+WIDTH = "a width that is an argument"
+DOUBLED = "{% set ns = namespace(x='x', l=[1]) %}{% for i in range(60) %}"
+BLOCKS = "".join(f"{{% block b{n} %}}" + f"{{{{ self.b{n + 1}() }}}}" * 2 + "{% endblock %}" for n in range(40))
+HUGE = {
+    # operators
+    "{{ 'x' * 10**10 }}": MADE,
+    "{{ 10**10 * 'x' }}": MADE,
+    "{{ ([1] * 10**10) | length }}": MADE,
+    "{{ 9**(9**9) }}": BITS,
+    "{{ (9**9999 * 9**9999 * 9**9999) > 1 }}": BITS,
+    "{{ '%1000000000d' % 1 }}": MADE,
+    "{{ '%.1000000000f' % 1 }}": MADE,
+    "{{ '%(a)s%(a)1000000000s' % dict(a=1) }}": MADE,
+    "{{ '%*d' % (10**9, 1) }}": WIDTH,
+    "{{ 'x'.encode() * 10**10 }}": MADE,
+    "{{ '%1000000000d'.encode() % 1 }}": MADE,
+    "{{ ('%s' * 99999) % ((('x' * 9999),) * 99999) }}": MADE,
+    DOUBLED + "{% set ns.x = ns.x + ns.x %}{% endfor %}": MADE,
+    DOUBLED + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}": MADE,
+    DOUBLED + "{% set ns.l = ns.l + ns.l %}{% endfor %}": MADE,
+    DOUBLED + "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}": MADE,
+    DOUBLED + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}": MADE,
+    DOUBLED + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns }}": MADE,
+    DOUBLED + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson }}": MADE,
+    DOUBLED + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | string | length }}": MADE,
+    DOUBLED + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l ~ '' }}": MADE,
+    "{% set b = 'x' * 10**8 %}{{ [b[1:], b[1:], b[1:]] | length }}": MADE,
+    "{% set b = 'x' * 10**8 %}{{ cycler(*b) }}": MADE,
+    "{% for i in range(99999) %}{% set x %}" + "x" * 99999 + "{% endset %}{% endfor %}": MADE,
+    BLOCKS + "{% block b40 %}{% endblock %}": "more than 20000 steps",
+    # ranges
+    "{{ range(10**9) | list | length }}": "Range too big",
+    "{{ (range(99999) | list * 99999) | length }}": MADE,
+    "{{ range(99999) | join('x' * 99999) }}": MADE,
+    "{{ range(99999) | map('center', 10**6) | list | length }}": MADE,
+    "{{ ([range(9999) | list] * 99999) | sum(start=[]) | length }}": MADE,
+    # filters
+    "{{ 'x' | center(10**10) }}": MADE,
+    "{{ 'x' | center(10000000000) }}": MADE,
+    "{{ 'x' | center(width=10**10) }}": MADE,
+    "{{ 'a\nb' | indent(10**10) }}": MADE,
+    "{{ 'a\nb' | indent('x' * 10**8, first=True) }}": MADE,
+    "{{ messages | tojson(indent=10**10) }}": MADE,
+    "{{ messages | tojson(separators=('x' * 10**8, '')) }}": MADE,
+    "{{ '%1000000000d' | format(1) }}": MADE,
+    "{{ ('x' * 9999) | replace('x', 'y' * 99999) }}": MADE,
+    "{{ ('x' * 9999) | replace('', 'y' * 99999) }}": MADE,
+    "{{ ('x' * 99999) | wordwrap(1, wrapstring='y' * 99999) }}": MADE,
+    "{{ [1] | batch(10**10, 0) | list }}": MADE,
+    "{{ [1] | slice(10**10) | list | length }}": MADE,
+    "{{ 1.5 | round(10**10, 'ceil') }}": BITS,
+    "{{ ('x' * 10**8) | list | length }}": MADE,
+    "{{ ('<!-- -->' * 10**6) | striptags }}": MADE,
+    "{{ ('x ' * 10**7) | title }}": MADE,
+    "{{ ('&' * 10**8) | escape | length }}": MADE,
+    "{% filter center(10**10) %}x{% endfilter %}": MADE,
+    # methods
+    "{{ 'x'.center(10**10) }}": MADE,
+    "{{ 'x'.ljust(10**10) ~ 'x'.zfill(10**10) }}": MADE,
+    "{{ '\t'.expandtabs(10**10) }}": MADE,
+    "{{ '\t'.expandtabs(tabsize=10**10) }}": MADE,
+    "{{ ('x' * 99999).join(range(99999) | map('string')) }}": MADE,
+    "{{ ('x' * 9999).replace('x', 'y' * 99999) }}": MADE,
+    "{{ ('x,' * 10**7).split(',') | length }}": MADE,
+    "{{ ('x ' * 10**7).split() | length }}": MADE,
+    "{{ ('\n' * 10**7).splitlines() | length }}": MADE,
+    "{{ ('x' * 9999).translate({120: 'y' * 99999}) }}": MADE,
+    "{{ '{:1000000000d}'.format(1) }}": MADE,
+    "{{ '{:{}}'.format(1, 10**9) }}": WIDTH,
+    "{{ '{a:1000000000d}'.format_map({'a': 1}) }}": MADE,
+    "{{ ('{0}' * 9999).format('x' * 99999) }}": MADE,
+    "{{ ['{:1000000000d}'] | map(attribute='format') | first }}{{ '{:1000000000d}'['format'](1) }}": MADE,
+    "{{ (1).to_bytes(10**10, 'big') }}": MADE,
+    "{{ lipsum(10**9) }}": "'lipsum' is undefined",
+}  # fmt: skip
+
+
+@pytest.mark.guarantee("H28")
+@pytest.mark.parametrize("template", HUGE)
+def test_an_expression_that_would_make_too_much_is_ended_before_it_does(tmp_path, monkeypatch, template):
+    assert chat_template.MAX_MADE == 1 << 28
+    monkeypatch.setattr(chat_template, "MAX_STEPS", 20_000)
+    model = TextModel(with_template(tmp_path, "{% if messages[1] %}fine{% else %}" + template + "{% endif %}"))
+    for _ in range(2):
+        with pytest.raises(RequestInvalid, match=HUGE[template]):
+            model.render([ChatTurn("user", "hi")])
+        assert model.render([ChatTurn("user", "hi"), ChatTurn("user", "hi")]) == "fine"
+
+
+ORDINARY = [
+    "{{ 'ab' * 3 }} {{ [1, 2] * 2 }} {{ (1, 2) + (3,) }} {{ 2 ** 10 }} {{ 2 ** -1 }} {{ 7 % 3 }} {{ 7 // 2 }}",
+    "{{ '%05.2f|%s|%%|%r' % (3.14159, 'x', 'é') }} {{ '%(a)s' % {'a': messages} }} {{ '%s' | format(none) }}",
+    "{{ '{0:>5}|{a[k]!r:^9}|{{}}'.format('x', a={'k': 1}) }} {{ '{a}'.format_map({'a': 2}) }}",
+    "{{ 'a' ~ 1 ~ none ~ undefined ~ messages[0].content }} {{ '<' | escape ~ '<' }} {{ ('<' | safe) + '<' }}",
+    "{{ messages[1:] }} {{ messages[::-1][0] }} {{ 'abcdef'[1:-1:2] }} {{ messages[0]['content'][:2] }} {{ 'x'[0] }}",
+    "{% for m in messages %}{{ m.content.split(' ', 1)[-1].strip().upper() }}{{ m.content.splitlines() }}{% endfor %}",
+    "{{ ' a b '.split() }} {{ 'a,b'.rsplit(',', maxsplit=1) }} {{ 'a'.center(5, '-') }} {{ 'b'.join(['1', '2']) }}",
+    "{{ 'xax'.replace('x', 'y', 1) }} {{ 'a\tb'.expandtabs(2) }} {{ 'a'.startswith('a') }} {{ 'ab'.partition('b') }}",
+    "{{ messages | map(attribute='content') | join(', ') }} {{ range(5) | map('string') | list }} {{ [3, 1] | sort }}",
+    "{{ 'a\nb' | indent(2, true) }} {{ 'a b c' | wordwrap(3) }} {{ 'abc' | reverse }} {{ 'abc' | list }}",
+    "{{ 'abc' | replace('b', 'x') }} {{ ' x ' | trim }} {{ 'a b' | title }} {{ '<i>' | striptags }}",
+    "{{ [[1], [2]] | sum(start=[]) }} {{ [1, 2] | sum }} {{ [1, 2, 3] | batch(2, 0) | list }} {{ 2.5 | round(1) }}",
+    "{{ {'b': 1, 'a': [1, {'c': none}]} | tojson(indent=2) }} {{ {'b': 1} | dictsort }} {{ {'b': 1} | items | list }}",
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ messages | first }} {{ [1] | last }}",
+    "{{ messages | groupby('role') | map('first') | list }} {{ 'x' | urlencode }} {{ 'a' | string | length }}",
+    "{% set x %}a{{ 1 }}{% endset %}{{ x }} {% filter upper %}b{{ x }}{% endfilter %} {{ dict(a=1, **{'b': 2}) }}",
+    "{% macro m(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{% endmacro %}{{ m(*[1, 2, 3]) }} {{ m(*'ab') }} {{ m(1) }}",
+    "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }} {{ namespace(a=1).a }} {{ 'a' is in 'ab' }}",
+    "{% autoescape true %}{{ '<' }}{{ '<' ~ '>' }}{% set s %}{{ '&' }}{% endset %}{{ s }}{% endautoescape %}{{ '<' }}",
+]
+
+
+@pytest.mark.parametrize("template", ORDINARY)
+def test_what_is_charged_for_is_done_as_in_transformers(tmp_path, template):
+    test_whatever_templates_use_renders_as_in_transformers(tmp_path, template)
+
+
+def test_a_long_conversation_may_be_put_together_again_and_again(tmp_path):
+    template = (
+        "{% set ns = namespace(text='') %}{% for m in messages %}"
+        "{% set part = m.content.split('</think>')[-1] | trim %}"
+        "{% set ns.text = ns.text ~ '<|im_start|>' ~ m.role + '\\n' + part %}{% endfor %}{{ ns.text }}"
+    )
+    model = TextModel(with_template(tmp_path, template))
+    turns = [ChatTurn("user", f"{'word ' * 400}{number}") for number in range(200)]
+
+    assert len(model.render(turns)) > 400_000
 
 
 def with_template(directory: Path, template: object) -> Path:
