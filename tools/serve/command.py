@@ -31,8 +31,10 @@ from ..settings import Resolved
 if TYPE_CHECKING:
     from .service import Service
 
-__all__ = ["serve"]
+__all__ = ["UVICORN", "check_uvicorn", "serve"]
 
+UVICORN = "0.54"
+"""The version whose insides ``connections.py`` overrides; the extra says the same."""
 SUMMARY_S = 10.0
 LOOK_S = 0.5  # how soon the end of the engine is noticed
 
@@ -40,13 +42,15 @@ LOOK_S = 0.5  # how soon the end of the engine is noticed
 def serve(resolved: Resolved) -> None:
     """Serve until a signal has ended it in order, or the engine has died.
 
-    Raises ``ConfigError`` before anything is started: no extra, a public address without a key, a port in use; then the
-    engine's own errors.
+    Raises ``ConfigError`` before anything is started: no extra, or another uvicorn than its, a public address without a
+    key, a port in use; then the engine's own errors.
     """
     resolved.server.check_exposure()
     try:
+        import uvicorn
         import uvloop
 
+        check_uvicorn(uvicorn.__version__)
         from .connections import listening_socket
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -60,6 +64,14 @@ def serve(resolved: Resolved) -> None:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         runner.run(_Serving(resolved, listener, view).run())
+
+
+def check_uvicorn(version: str) -> None:
+    """Raise ``ConfigError`` if limits and ends of connections, which hang on uvicorn's insides, may not be kept."""
+    if not version.startswith(f"{UVICORN}."):
+        raise ConfigError(
+            f"bus-run serve works with uvicorn {UVICORN}, and {version} is installed: pip install 'chipbus[serve]'"
+        )
 
 
 @contextlib.contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +19,14 @@ import httpx
 import psutil
 import pytest
 from http_server import running_server
+from uvicorn import Server
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from chipbus.errors import ConfigError
 from chipbus.tools import console
 from chipbus.tools.run_commands import bus_run
+from chipbus.tools.serve import connections
+from chipbus.tools.serve.command import UVICORN, check_uvicorn
 from chipbus.tools.serve.config import ServerConfig
 from chipbus.tools.settings import resolve_settings
 from support import comes_true, our_processes
@@ -218,6 +224,39 @@ def test_without_its_libraries_one_sentence_names_the_extra(
     assert here("--chip", "null") == 2
 
     assert "needs the extra 'serve', pip install 'chipbus[serve]'" in capfd.readouterr().err
+
+
+@pytest.mark.guarantee("H29")
+@pytest.mark.parametrize("version", ["0.53.9", "0.55.0", "1.0.0", "0.5.4", "0.540.1"])
+def test_another_uvicorn_than_the_one_it_overrides_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], version: str
+) -> None:
+    monkeypatch.setattr("uvicorn.__version__", version)
+
+    assert here("--chip", "null") == 2
+
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == (
+        f"bus-run: bus-run serve works with uvicorn 0.54, and {version} is installed: pip install 'chipbus[serve]'"
+    )
+    assert our_processes() == set()
+
+
+def test_the_extra_and_the_tests_have_the_uvicorn_whose_insides_are_overridden() -> None:
+    root = Path(__file__).resolve().parents[3]
+    extra = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
+    major, minor = UVICORN.split(".")
+
+    assert f"uvicorn>={UVICORN},<{major}.{int(minor) + 1}" in extra
+    check_uvicorn(re.search(r"^uvicorn==(.*)$", (root / "constraints.txt").read_text(), re.MULTILINE)[1])  # type: ignore[index]
+    own = {name for name, value in vars(connections._Connection).items() if callable(value)}
+    overridden = own - {"_give_up", "_lose_patience", "_count"}
+    assert overridden == {
+        "connection_made", "connection_lost", "data_received", "send_400_response", "_start_asgi_task",
+        "on_message_begin", "on_url", "on_header", "on_headers_complete",
+    }  # fmt: skip
+    assert overridden <= vars(HttpToolsProtocol).keys()
+    assert "capture_signals" in vars(Server)
 
 
 @pytest.mark.guarantee("H21")
