@@ -48,6 +48,8 @@ __all__ = ["ChipActor", "Compute", "InlineCompute", "ThreadCompute"]
 Job = Callable[[], Any]
 OnDone = Callable[[Any, ChipbusError | None], None]
 
+_PROGRESS_STEPS = 200  # of a load, at most: each takes the bus thread, and so the interpreter's lock
+
 
 class Compute(Protocol):
     """Runs jobs one after another, off or on the bus thread; ``on_done`` is called on the bus thread."""
@@ -229,7 +231,13 @@ class ChipActor(Actor):
 
     @handles(AllocTensor)
     def _alloc(self, message: AllocTensor, call: Call) -> None:
+        told = 0.0
+
         def report(done: float, total: float) -> None:
+            nonlocal told
+            if done < total and done - told < total / _PROGRESS_STEPS:
+                return
+            told = done
             item = Progress(phase="weights", done=done, total=total, unit="bytes")
             self.ctx.call_soon_threadsafe(lambda: call.item(item))
 

@@ -32,7 +32,8 @@ PRELOADS: Mapping[str, tuple[str, ...]] = {
         "chipbus.actors.tokenizer",
         "tokenizers",
     ),
-    "torch": ("chipbus.bus", "chipbus.actors.chip", "chipbus.kernels.cpu"),
+    # The last is torch's own, imported when ``with torch.device(…)`` is first used.
+    "torch": ("chipbus.bus", "chipbus.actors.chip", "chipbus.kernels.cpu", "torch.utils._device"),
 }
 """Warden → modules, imported in this order. They may define things; they must start no thread and compute nothing."""
 

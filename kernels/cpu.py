@@ -24,11 +24,11 @@ from .native.model import NativeModel
 from .native.shapes import engine_of
 from .program import DTYPE_BYTES, TensorSpec
 from .qwen3 import graphs
-from .qwen3.model import ModelSpec
 from .qwen3.rows import check_rows, known_tokens, plan_rows, split_ragged
 from .qwen3.step import SAMPLE_COLUMNS
 from .sampling import Choice, choose
 from .torch_chip import Executor, Launch, Runner, TorchChip
+from .weights import spec_of
 
 __all__ = ["CpuChip"]
 
@@ -80,10 +80,11 @@ class CpuChip(TorchChip):
 
     def load(self, tensor: TensorSpec, report: Report | None) -> tuple[Mapping[str, Any], int]:
         """Weights packed for the engine that will run the model's programs."""
-        self.engine = engine_of(ModelSpec.from_directory(tensor.source, tensor.dtype), tensor.weights, self.isa)
+        spec = spec_of(tensor)
+        self.engine = engine_of(spec, tensor.weights, self.isa)
         self.is_uniform = self.native is not None and self.engine.startswith("native")
         if self.native is not None and self.is_uniform:
-            return self.native.load(tensor, report)
+            return self.native.load(tensor, spec, report)
         return super().load(tensor, report)
 
     def free(self, resident: int) -> None:

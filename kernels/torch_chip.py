@@ -29,7 +29,7 @@ from .memory import weights_bytes
 from .program import Direction, Param, Program, TensorSpec, nbytes
 from .torch_executor import BoundGraph, HeapArenas, TaskCount
 from .torch_kernels import Window, Workspace
-from .weights import load_weights, pack
+from .weights import load_weights, pack, spec_of
 
 __all__ = ["Executor", "Launch", "Runner", "TorchChip"]
 
@@ -235,7 +235,8 @@ class TorchChip(ABC):
 
     def load(self, tensor: TensorSpec, report: Report | None) -> tuple[Mapping[str, Any], int]:
         """A checkpoint's weights by the names graphs bind them by, and the bytes they take."""
-        spec, weights = load_weights(tensor, report, Int8Matrix.of if tensor.weights == "int8" else pack)
+        spec = spec_of(tensor)
+        weights = load_weights(spec, report, Int8Matrix.of if tensor.weights == "int8" else pack)
         return weights, weights_bytes(spec, tensor.weights)
 
     def bind(self, launch: Launch, capture: Capture, make: Callable[[Mapping[str, Any]], E]) -> E:

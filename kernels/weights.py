@@ -22,7 +22,7 @@ from .chips import Report
 from .program import TensorSpec
 from .qwen3.model import ModelSpec
 
-__all__ = ["can_pack", "interleave_halves", "load_weights", "pack", "packed_rows"]
+__all__ = ["can_pack", "interleave_halves", "load_weights", "pack", "packed_rows", "spec_of"]
 
 # Rows per call oneDNN is asked to choose its layout for. Measured from 1 to 2048 rows: 256 is as fast as any other up
 # to 1024, while layouts chosen for 16 or fewer are reordered again in every call of 2048 (2 × slower).
@@ -72,17 +72,10 @@ def interleave_halves(tensor: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def load_weights(
-    tensor: TensorSpec,
-    report: Report | None = None,
-    pack: Callable[[Tensor], Any] = pack,
-    found: Iterator[Any] | None = None,
-) -> tuple[ModelSpec, dict[str, Any]]:
-    """Weights of the checkpoint ``tensor.source`` in ``tensor.dtype`` under the names ``graphs`` binds.
+def spec_of(tensor: TensorSpec) -> ModelSpec:
+    """The model whose weights ``tensor`` names, in its dtype.
 
-    ``pack`` makes of an (out, in) matrix what the executor's ``linear`` reads, by default oneDNN's layout; all else are
-    tensors. ``found``: what ``pack`` made of each, in the order of ``ModelSpec.matrices``, where that is there already;
-    then no matrix is read. Raises ``CheckpointError`` if the directory changed since ``tensor.fingerprint`` was taken.
+    Raises ``CheckpointError`` if they cannot be read, or the directory changed since ``tensor.fingerprint`` was taken.
     """
     spec = ModelSpec.from_directory(tensor.source, tensor.dtype)
     if tensor.fingerprint not in ("", spec.fingerprint):
@@ -90,6 +83,21 @@ def load_weights(
             f"{tensor.source} has fingerprint {spec.fingerprint[:12]}; expected {tensor.fingerprint[:12]}: its files"
             " are not those the programs were made for"
         )
+    return spec
+
+
+def load_weights(
+    spec: ModelSpec,
+    report: Report | None = None,
+    pack: Callable[[Tensor], Any] = pack,
+    found: Iterator[Any] | None = None,
+) -> dict[str, Any]:
+    """A model's weights under the names ``graphs`` binds.
+
+    ``pack`` makes of an (out, in) matrix what the executor's ``linear`` reads, by default oneDNN's layout; all else are
+    tensors. ``found``: what ``pack`` made of each, in the order of ``ModelSpec.matrices``, where that is there already;
+    then no matrix is read.
+    """
 
     def matrix(read: Callable[[], Tensor]) -> Any:
         return pack(read()) if found is None else next(found)
@@ -105,7 +113,7 @@ def load_weights(
                 report(min(done, total), total)
     if report is not None:
         report(total, total)
-    return spec, weights
+    return weights
 
 
 class _Source:

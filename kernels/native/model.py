@@ -46,9 +46,11 @@ class NativeModel:
         """Whether the weights of that id are packed here."""
         return resident in self._segments
 
-    def load(self, tensor: TensorSpec, report: Report | None) -> tuple[dict[str, Any], int]:
-        """A checkpoint's weights, matrices packed or found as an earlier chip packed them; and the bytes they take."""
-        spec = ModelSpec.from_directory(tensor.source, tensor.dtype)
+    def load(self, tensor: TensorSpec, spec: ModelSpec, report: Report | None) -> tuple[dict[str, Any], int]:
+        """A model's weights, matrices packed or found as an earlier chip packed them; and the bytes they take.
+
+        spec: that of ``tensor``.
+        """
         weights = tensor.weights or tensor.dtype
         size = sum(packed_bytes(*shape, weights) for shape in spec.matrices())
         kept, self._kept = self._kept, None
@@ -56,9 +58,9 @@ class NativeModel:
         try:
             if segment.is_found:
                 places = (segment.place(shape, weights) for shape in spec.matrices())
-                _, loaded = load_weights(tensor, report, found=places)
+                loaded = load_weights(spec, report, found=places)
             else:
-                _, loaded = load_weights(tensor, report, lambda matrix: segment.pack(matrix, weights))
+                loaded = load_weights(spec, report, lambda matrix: segment.pack(matrix, weights))
                 segment.finish()
         except BaseException:
             segment.close(and_empty=not segment.is_found)

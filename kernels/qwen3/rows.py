@@ -86,10 +86,12 @@ def plan_rows(
         owner = np.repeat(np.arange(len(lengths)), lengths)
         slots = tables[owner, positions // page_size].astype(np.int64) * page_size
     slots += positions % page_size
-    if len(slots) > 1 and len(np.unique(slots)) != len(slots):
-        raise KernelError(
-            f"{where}: two tokens are written to one cache slot; block tables of writing rows must differ"
-        )
+    if len(slots) > 1:
+        ordered = np.sort(slots)
+        if (ordered[1:] == ordered[:-1]).any():
+            raise KernelError(
+                f"{where}: two tokens are written to one cache slot; block tables of writing rows must differ"
+            )
     row_list = rows.tolist()
     if len(row_list) > 1:
         wanted = [row for row in row_list if row >= 0]
