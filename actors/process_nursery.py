@@ -214,6 +214,9 @@ class ProcessNursery:
         if not is_dead(life.process.pidfd):  # the number was another's a moment ago, in the same turn of the loop
             return
         life.seen_ns = self._ctx.clock.now_ns()
+        self._on_warden(life.warden)  # woken with us, it may have said so by now
+        if self._lives.get(life.name) is not life:
+            return
         self._ctx.unwatch(life.process.pidfd)  # it stays readable for ever
         self._ctx.after(_RELAY_S, lambda: self._ended(life, ExitStatus().text))
         self._sweep()

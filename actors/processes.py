@@ -42,6 +42,7 @@ __all__ = [
     "close_inherited_fds",
     "count_threads",
     "environment_of",
+    "exit_status",
     "fork",
     "is_dead",
     "live_by_tether",
@@ -370,18 +371,26 @@ def signal_process(process: Process, signum: int) -> None:
         signal.pidfd_send_signal(process.pidfd, signum)
 
 
+def exit_status(process: Process) -> ExitStatus | None:
+    """How our child ended, which is still to be reaped, or None while it lives. Never blocks.
+
+    Raises ``ChildProcessError`` if it is not (or no longer, or not yet) a child of this process.
+    """
+    ended = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return None if ended is None else _status(ended)
+
+
 def try_reap(process: Process) -> ExitStatus | None:
     """Take the status of our ended child, or None while it lives. Never blocks.
 
     Whatever it left behind in its process group is killed first: until the reap its pid cannot be another's group.
-    Raises ``ChildProcessError`` if it is not (or no longer, or not yet) a child of this process.
+    Raises what ``exit_status`` raises.
     """
-    ended = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if ended is None:
-        return None
-    _kill_rest_of_group(process.pid)
-    ended = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED | os.WNOHANG)
-    return None if ended is None else _status(ended)
+    status = exit_status(process)
+    if status is not None:
+        _kill_rest_of_group(process.pid)
+        os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED | os.WNOHANG)
+    return status
 
 
 def reap_any() -> tuple[int, ExitStatus] | None:

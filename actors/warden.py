@@ -57,6 +57,7 @@ from .processes import (
     arm_tether,
     close_inherited_fds,
     count_threads,
+    exit_status,
     fork,
     live_by_tether,
     lower_priority,
@@ -131,11 +132,12 @@ class _Warden:
     def run(self) -> NoReturn:
         """Serve until the supervisor says so, or is gone."""
         while True:
-            for fd, _ in self._poll.poll():
-                if fd == self._link.fileno():
-                    self._receive()
-                else:
+            ready = [fd for fd, _ in self._poll.poll()]
+            for fd in ready:
+                if fd != self._link.fileno():  # first: what a life left in its group ends before the next life begins
                     self._reap(fd)
+            if self._link.fileno() in ready:
+                self._receive()
 
     def _receive(self) -> None:
         data, fds = receive_with_fds(self._link)
@@ -200,15 +202,17 @@ class _Warden:
 
     def _reap(self, pidfd: int) -> None:
         child = self._children[pidfd]
-        status = try_reap(child.process)
+        status = exit_status(child.process)
         if status is None:
             return
+        words = _read_last_words(child.words_fd)
+        # Told first: others wait to hear of it, nobody for the rest.
+        self._tell(Exited(child.name, child.incarnation, status.code, status.signum, words.error, words.text))
+        try_reap(child.process)
         self._poll.unregister(pidfd)  # it stays readable for ever
         del self._children[pidfd]
-        words = _read_last_words(child.words_fd)
         os.close(child.words_fd)
         os.close(pidfd)
-        self._tell(Exited(child.name, child.incarnation, status.code, status.signum, words.error, words.text))
 
     def _tell(self, message: FromWarden, fds: tuple[int, ...] = ()) -> None:
         try:

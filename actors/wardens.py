@@ -147,7 +147,7 @@ class Warden:
 
     def ended(self) -> list[Request]:
         """The process was reaped: give everything back. Requests that will never be answered."""
-        self.has_ended = True
+        self.has_ended = self.is_silent = True
         unanswered = [*self._waiting, *self._asked]
         for tether, _ in self._waiting.values():
             tether.drop_read_end()

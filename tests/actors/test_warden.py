@@ -48,11 +48,15 @@ class Talk:
                     del self.heard[position]
                     return message
             assert time.monotonic() < deadline_s, f"no {kind.__name__}, only {self.heard}"
-            assert select.select([self.warden.fd], [], [], 20)[0]
-            for message, pidfd in self.warden.receive():
-                self.heard.append(message)
-                if pidfd >= 0:
-                    self.pidfds.append(pidfd)
+            self.listen()
+
+    def listen(self) -> None:
+        """Wait for it to say something, and note that in ``heard``, in its order."""
+        assert select.select([self.warden.fd], [], [], 20)[0]
+        for message, pidfd in self.warden.receive():
+            self.heard.append(message)
+            if pidfd >= 0:
+                self.pidfds.append(pidfd)
 
     def spawn(self, name: str, incarnation: int = 1) -> Process:
         self.tethers[name] = Tether.make()
@@ -160,6 +164,30 @@ def test_a_killed_child_is_reaped_with_its_signal_and_its_grandchildren(
     exited = talk.hear(Exited)
     assert (exited.code, exited.signum) == (None, signal.SIGKILL)
     eventually(lambda: not is_running(int(answer.read_text())), "the grandchild is gone")
+
+
+@pytest.mark.guarantee("S80")
+def test_a_warden_deals_with_a_death_before_it_starts_the_next_life(start_warden: StartWarden, tmp_path: Path) -> None:
+    answer = tmp_path / "answer"
+    talk = start_warden("light", silent(ready_file=str(answer), leaves_a_grandchild=True))
+    talk.hear(Preloaded)
+    child = talk.spawn("router")
+    eventually(lambda: answer.exists() and answer.read_text().isdecimal(), "the grandchild runs")
+    grandchild = int(answer.read_text())
+    warden = psutil.Process(talk.warden.process.pid)
+    warden.suspend()
+    eventually(lambda: warden.status() == psutil.STATUS_STOPPED, "the warden hears of nothing")
+    os.kill(child.pid, signal.SIGKILL)
+    assert processes.wait_dead(child.pidfd, 20)
+    talk.tethers["router"].cut()
+    talk.tethers["router"] = Tether.make()
+    talk.warden.request("router", 2, talk.tethers["router"])
+    warden.resume()  # now it hears of both at once
+
+    while len(talk.heard) < 2:
+        talk.listen()
+    assert [(type(message), message.incarnation) for message in talk.heard] == [(Exited, 1), (Spawned, 2)]
+    eventually(lambda: not is_running(grandchild), "what the first life left in its group is gone")
 
 
 def test_the_last_words_of_a_child_come_with_its_status(start_warden: StartWarden) -> None:
