@@ -21,6 +21,7 @@ import attrs
 from ..actors.engine import Engine
 from ..actors.processes import open_pidfd
 from ..actors.sampling import SamplingParams
+from ..actors.wardens import warden_environment
 from ..errors import WorkerError
 from .bench_figures import OURS, Aim, Row, at_most, compared
 from .bench_lines import Peer, named
@@ -29,7 +30,6 @@ from .bench_tree import SmallTree, Spawner, kill_process, resident
 __all__ = ["Lives", "processes"]
 
 _OWNER = (sys.executable, "-P", "-m", "chipbus.tools.bench_owner")
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _FLOOR, _COLD = "fork, SIGKILL, wait", 'Popen -c "import torch"'
 _PEERS = {"xoscar": "xoscar", "Ray": "ray"}
 _DOWN_S = 20.0
@@ -118,7 +118,7 @@ def _program(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **_ONE_THREAD} if arguments[0] == "fork" else None,
+        env=warden_environment() if arguments[0] == "fork" else None,
     ) as process:
         assert process.stdin is not None
         try:
