@@ -55,6 +55,7 @@ def kill_process(pid: int) -> int:
 class Crash:
     """What followed the SIGKILL of a child, in ms after it."""
 
+    ended_ms: float  # the kernel shows its end to whoever watches it
     failed_ms: float  # the ask it had not answered
     ready_ms: float  # the tree shows its next life ready
     answered_ms: float  # the next life answered
@@ -179,13 +180,21 @@ class SmallTree:
                 on_error=lambda _: None,
             )  # fmt: skip
 
+        def ended() -> None:
+            ctx.unwatch(pidfd)
+            note("ended")
+
         ctx = self._host.ctx
         next_life = (name, record.incarnation + 1)
+        pidfd = open_pidfd(record.pid)
+        self._loop.post(lambda: ctx.watch(pidfd, ended))
         self._loop.post(ask_first)
         self._host.wait_for(lambda: "asked" in times_ns)
         killed_ns = kill_process(record.pid)
-        self._host.wait_for(lambda: "answered" in times_ns and next_life in self._host.ready_ns)
+        self._host.wait_for(lambda: {"ended", "answered"} <= times_ns.keys() and next_life in self._host.ready_ns)
+        os.close(pidfd)
         return Crash(
+            ended_ms=(times_ns["ended"] - killed_ns) / 1e6,
             failed_ms=(times_ns["failed"] - killed_ns) / 1e6,
             ready_ms=(self._host.ready_ns[next_life] - killed_ns) / 1e6,
             answered_ms=(times_ns["answered"] - killed_ns) / 1e6,

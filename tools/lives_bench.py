@@ -31,6 +31,7 @@ __all__ = ["Lives", "processes"]
 
 _OWNER = (sys.executable, "-P", "-m", "chipbus.tools.bench_owner")
 _FLOOR, _COLD = "fork, SIGKILL, wait", 'Popen -c "import torch"'
+_END = "its own end, on a pidfd"
 _PEERS = {"xoscar": "xoscar", "Ray": "ray"}
 _DOWN_S = 20.0
 _TOKENS_BEFORE = 8  # of a stream, before its chip is killed
@@ -91,6 +92,7 @@ def _round(
         # One of each child: after a short life the supervisor would wait, on purpose, before it starts the next.
         crashes = [tree.crash(f"{preload}.{number}") for number in range(lives.crashes)]
         yield (f"failed {preload}", OURS), statistics.median(crash.failed_ms for crash in crashes)
+        yield (f"failed {preload}", _END), statistics.median(crash.ended_ms for crash in crashes)
         yield (f"ready {preload}", OURS), statistics.median(crash.ready_ms for crash in crashes)
         yield (f"answered {preload}", OURS), statistics.median(crash.answered_ms for crash in crashes)
         floor = [_asked(floors[preload]) / 1e6 for _ in range(lives.repeats)]

@@ -73,6 +73,7 @@ def test_lives_of_processes_are_timed_and_leave_nothing_behind(monkeypatch: pyte
     assert {
         ("spawn → READY, light child", "chipbus"),
         ("SIGKILL → pending ask fails, light child", "fork, SIGKILL, wait"),
+        ("SIGKILL → pending ask fails, light child", "its own end, on a pidfd"),
         ("SIGKILL → next life answers, light child", "chipbus"),
         ("SIGKILL of a serving null chip → its stream goes on", "chipbus"),
         ("owner SIGKILLed → all gone, eight, four of which hold their interpreter's lock", "chipbus"),
