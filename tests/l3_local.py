@@ -73,6 +73,7 @@ class AddingChip:
         return len(self.launched)
 
     rings = ()
+    is_uniform = False  # it runs no model
 
     def register(self, program: Program) -> None:
         if not program.kind.startswith("test."):
