@@ -189,14 +189,14 @@ def test_prefill_and_decode_give_a_token_the_same_bits(
     one, two = (Recording(checkpoint(shape), dtype, CpuChip(2, isa=isa), weights) for _ in range(2))
     assert one.chip.is_uniform
     (text,) = prompts(500, (60,))
-    tokens = one.greedy([text], 140)[0]
+    tokens = one.greedy([text], 90)[0]
     known = [*text, *tokens[:-1]]
 
     pages = (
         np.random.default_rng(5).permutation(LIMITS.num_pages)[: -(-len(known) // LIMITS.page_size)].astype(np.int32)
     )
     start = 0
-    for end in (60, 61, 64, 67, 131, 190, len(known)):
+    for end in (60, 61, 64, 67, 131, len(known)):
         chunk = PrefillRow(tokens=np.array(known[start:end], np.int32), start=start, block_table=pages, row=0)
         two.step([chunk], samples=[SampleRow(row=0)])
         assert same_bits(two.logits[0][-1], one.logits[0][end - 60]), f"logits behind token {end - 1}"
