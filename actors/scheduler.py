@@ -168,9 +168,9 @@ class _Request:
     max_new_tokens: int  # max_tokens, or what the context leaves
     stops: frozenset[int]  # ids that end it
     banned: Int32  # ids not to be chosen before min_tokens
-    keys: list[bytes]  # of its first whole pages, as many as were wanted so far
     generated: list[int]
     has_penalties: bool
+    keys: list[bytes] = attrs.field(factory=list)  # of its first whole pages, as many as were wanted so far
     is_running: bool = False
     is_new: bool = True  # until it has to compute again what it had
     unknown: int = 0  # tokens that steps in flight choose, one each
@@ -389,7 +389,6 @@ class Scheduler:
             max_new_tokens=min(params.max_tokens, self._context - len(prompt)),
             stops=stop_ids(params, self._config.eos_token_ids),
             banned=banned,
-            keys=page_keys(prompt, self._page_size) if self._config.prefix_cache else [],
             generated=generated.tolist(),
             has_penalties=(params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0, 0, 1),
         )

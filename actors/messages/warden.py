@@ -61,7 +61,7 @@ class SpawnRefused(msgspec.Struct, frozen=True, array_like=True, tag=True, forbi
 
 
 class Exited(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Warden to supervisor, once per ``Spawned``: the child ended and was reaped."""
+    """Warden to supervisor, once per ``Spawned``: the child has ended; it is reaped next."""
 
     name: str
     incarnation: int

@@ -387,7 +387,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         group="supervision", name="reap_seconds", kind="histogram", labels=(),
-        help="From seeing that a process has ended until it was reaped and its neighbours were told.",
+        help="From seeing that a process has ended until its neighbours were told.",
         read=lambda report: [((), report.reaps)],
     ),
     Metric(
