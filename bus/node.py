@@ -308,9 +308,9 @@ class Node:
             if reader.is_open and exchange.mailbox.has_room:
                 reader.read()
         self._serve(exchange)
-        sockets.flush()
         if self.ledger is not None:
-            self.ledger.flush()
+            self.ledger.flush()  # first: what others have been told is on record, whenever we are killed
+        sockets.flush()
 
     def _serve(self, exchange: Exchange) -> None:
         """Handle what waits, for about ``SERVE_NS``: long enough to join answers, short enough to see a stop."""
